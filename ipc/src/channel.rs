@@ -1,0 +1,143 @@
+//! A connected SEQPACKET socket that carries frames with their file descriptors.
+
+use crate::error::Error;
+use crate::frame::{self, MAX_FDS, MAX_FRAME, Malformed};
+use interprocess::local_socket::tokio::{Stream, prelude::*};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg};
+use serde::{Serialize, de::DeserializeOwned};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+/// One end of a connection. Frames go whole or not at all; both directions may be used at the same time.
+#[derive(Debug)]
+pub struct Channel {
+    stream: Stream,
+}
+
+/// What came instead of a frame.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    #[error("the connection is closed")]
+    Closed,
+    #[error("hostile frame: {0}")]
+    Malformed(#[from] Malformed),
+    #[error("receiving failed: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// The buffers of one receiving end, allocated once.
+pub struct Receiver {
+    bytes: Vec<u8>,
+    scratch: Vec<u8>,
+}
+
+impl Default for Receiver {
+    fn default() -> Self {
+        Self { bytes: vec![0; MAX_FRAME], scratch: Vec::new() }
+    }
+}
+
+impl Channel {
+    /// Connects to the supervisor's socket. A missing or refusing socket is an error at once.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+        // A local connect is done or refused at once; EAGAIN means a full backlog, which is a refusal too.
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        Self::from_fd(socket)
+    }
+
+    /// Takes a connected SEQPACKET socket.
+    pub fn from_fd(socket: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        let stream = UnixStream::from_std(std::os::unix::net::UnixStream::from(socket))?;
+        Ok(Self { stream: Stream::UdSocket(stream.into()) })
+    }
+
+    /// Takes what `interprocess`'s listener accepted.
+    pub fn from_stream(stream: Stream) -> Self {
+        Self { stream }
+    }
+
+    /// The effective user of the process at the other end (`SO_PEERCRED`). For a client under socket activation this is
+    /// whoever called `listen`, which is what it wants to know: who may answer on this socket.
+    pub fn peer_uid(&self) -> io::Result<u32> {
+        self.stream.peer_creds()?.euid().ok_or_else(|| io::Error::other("the kernel gave no peer credentials"))
+    }
+
+    fn socket(&self) -> &UnixStream {
+        let Stream::UdSocket(socket) = &self.stream;
+        socket.inner()
+    }
+
+    /// Sends bytes that are already encoded.
+    pub async fn send_encoded(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let send = || {
+            let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many file descriptors for one frame"));
+            }
+            Ok(sendmsg(self.socket(), &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
+        };
+        // SEQPACKET is all or nothing: a short count can't happen.
+        self.socket().async_io(Interest::WRITABLE, send).await.map(drop)
+    }
+
+    /// Encodes and sends one frame.
+    pub async fn send(&self, frame: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        let mut bytes = Vec::new();
+        frame::encode(frame, &mut bytes)?;
+        self.send_encoded(&bytes, fds).await.map_err(|error| Error::io("send", &error))
+    }
+
+    /// Receives one frame. Descriptors that come with a frame that is refused are closed.
+    pub async fn receive<T: DeserializeOwned + Serialize>(&self, with: &mut Receiver) -> Result<(T, Vec<OwnedFd>), ReceiveError> {
+        let buffer = &mut with.bytes;
+        let receive = || {
+            let mut fds = Vec::new();
+            let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let got = recvmsg(self.socket(), &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(received) = message {
+                    fds.extend(received);
+                }
+            }
+            Ok((got.bytes, got.flags, fds))
+        };
+        let (length, flags, fds) = match self.socket().async_io(Interest::READABLE, receive).await {
+            Ok(got) => got,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(ReceiveError::Closed),
+            Err(error) => return Err(error.into()),
+        };
+        if flags.contains(ReturnFlags::CTRUNC) {
+            return Err(Malformed::TooManyFds.into());
+        }
+        if flags.contains(ReturnFlags::TRUNC) {
+            return Err(Malformed::TooLong.into());
+        }
+        // An empty message and the end of the connection look alike, and neither is a frame.
+        if length == 0 {
+            return Err(ReceiveError::Closed);
+        }
+        let value = frame::decode(&with.bytes[..length], &mut with.scratch)?;
+        Ok((value, fds))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket().as_fd()
+    }
+}
+
+/// A connected pair, for tests and for handing one end to a child.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}

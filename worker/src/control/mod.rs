@@ -1,0 +1,3 @@
+//! The socket that people's commands come in by.
+
+pub mod protocol;
