@@ -1,0 +1,61 @@
+# `make help` lists what there is. Runs as root or as an ordinary user: then only what needs root goes through sudo.
+
+GUEST  := $(CURDIR)/.cache/guest
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+# rustup's directory is not on every PATH, nor are the sbin ones (`ip`, `nft`) on an ordinary user's.
+ifeq ($(findstring $(HOME)/.cargo/bin,$(PATH)),)
+PATH := $(HOME)/.cargo/bin:$(PATH)
+endif
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -E)
+
+.PHONY: help all build demo test test-fast bench lint guest docs clean prerequisites
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ' *:.*## ' '/^[a-z -]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+# One check per run, for all goals together. (An order-only prerequisite of the rest, so that it comes first under -j too.)
+NEEDS := $(sort build $(if $(filter demo bench,$(MAKECMDGOALS)),demo) $(if $(filter test guest,$(MAKECMDGOALS)),test))
+prerequisites:
+	@scripts/prerequisites $(NEEDS)
+
+all build: | prerequisites ## the release binaries, in target/release
+	cargo build --release --locked --workspace
+
+demo: build guest ## a VM that survives the death of each half, before your eyes (KEEP=1: it stays afterwards)
+	$(SUDO) $(TARGET)/release/diarch-demo --guest $(GUEST) $(if $(filter 1,$(KEEP)),--keep)
+
+# Tests are built as the user who runs make, and only the test executables run as root: no root-owned files in target/,
+# and root needs no cargo. cargo takes the runner from the environment; it is empty, thus none, for root.
+# All binaries are built first, as tests start those of other crates.
+test: lint guest ## everything: style, unit tests, and real VMs (needs root)
+	cargo build --workspace --all-targets --locked
+	$(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)') DIARCH_GUEST=$(GUEST) \
+		cargo test --workspace --locked --no-fail-fast
+
+test-fast: | prerequisites ## the tests that need no root, no QEMU and no guest
+	DIARCH_TEST_FAST=1 cargo test --workspace --locked
+
+bench: build guest ## how long each step of a VM's life takes (needs root)
+	$(SUDO) $(TARGET)/release/diarch-bench --guest $(GUEST)
+
+# Both are components that a Rust toolchain may come without. In CI (CI=true) a skip is a failure.
+lint: | prerequisites ## rustfmt and clippy
+	@if cargo fmt --version >/dev/null 2>&1; then set -x; cargo fmt --all --check; \
+	else echo 'lint: SKIPPED rustfmt: this toolchain lacks it (rustup component add rustfmt)'; [ '$(CI)' != true ]; fi
+	@if cargo clippy --version >/dev/null 2>&1; then set -x; cargo clippy --workspace --all-targets --locked -- -D warnings; \
+	else echo 'lint: SKIPPED clippy: this toolchain lacks it (rustup component add clippy)'; [ '$(CI)' != true ]; fi
+
+guest: | prerequisites ## the virtual machine that tests and demo run, in .cache/guest
+	@tests/guest/build $(GUEST)
+
+docs: build ## docs/OPERATIONS.md, from the table in the program
+	$(TARGET)/release/diarch-supervisor operations --format markdown >docs/OPERATIONS.md.new
+	mv docs/OPERATIONS.md.new docs/OPERATIONS.md
+
+clean: ## remove what was built, the guest too
+	cargo clean
+	rm -rf .cache

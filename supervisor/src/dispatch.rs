@@ -1,0 +1,226 @@
+//! One request's way through the supervisor: admit, audit the intent, do, audit the outcome.
+//!
+//! ```text
+//!   limits -> session still active? -> intent into the audit -> handler: vet, record, act -> outcome into the audit -> reply
+//! ```
+
+use crate::audit::quoted;
+use crate::session::Sessions;
+use crate::state::{Given, Supervisor};
+use crate::vm;
+use diarch_ipc::Error;
+use diarch_ipc::frame::Call;
+use diarch_ipc::name::RequestId;
+use diarch_ipc::operation::{Class, Effect, Operation, Reply, Request};
+use diarch_ipc::peer::Peer;
+use std::fmt::Write as _;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// Who asks: a session number and the peer behind it.
+#[derive(Debug, Clone)]
+pub struct Asker {
+    pub session: u64,
+    /// The peer as JSON fields of the audit.
+    pub described: Rc<str>,
+}
+
+impl Asker {
+    pub fn new(session: u64, peer: &Peer) -> Self {
+        let mut described = format!(",\"session\":{session},\"peer\":{{\"uid\":{},\"pid\":{}", peer.uid, peer.pid);
+        if let Some(unit) = &peer.unit {
+            let _ = write!(described, ",\"unit\":{}", quoted(unit, 100));
+        }
+        described.push('}');
+        Self { session, described: described.into() }
+    }
+}
+
+/// Does what changes nothing, at once.
+pub fn read(supervisor: &Supervisor, asker: &Asker, call: &Call) -> Given {
+    let started = Instant::now();
+    let row = call.request.operation();
+    let given = admit(supervisor, asker, row).and_then(|()| match &call.request {
+        Request::HostInventory(ask) => Ok((Reply::HostInventory(vm::inventory::inventory(supervisor, ask)), Vec::new())),
+        _ => Err(Error::Failed { step: "dispatch".into(), errno: None, detail: "not a read operation".into() }),
+    });
+    if limited(&given) {
+        return given;
+    }
+    // Nothing happened in between: both records go with one write. A fault is counted, and hides nothing from who asks.
+    let intent = intent(asker, row, call, false);
+    let outcome = outcome(row, call.id, &given, started);
+    let _ = supervisor.audit.borrow_mut().append_all(&[("intent", &intent), ("outcome", &outcome)]);
+    supervisor.sync_soon();
+    given
+}
+
+/// Does what may change something. The work goes on when the caller's deadline or connection ends, and a caller that asks
+/// again under the same id gets its result.
+pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds: Vec<OwnedFd>) -> Given {
+    let row = call.request.operation();
+    let id = call.id;
+    let patience = Duration::from_millis(call.deadline_ms.into());
+    let running = supervisor.in_flight.borrow().get(&id).cloned();
+    let mut result = match running {
+        Some(running) => {
+            let _ = supervisor.audit.borrow_mut().append("intent", &intent(asker, row, &call, true));
+            running
+        }
+        None => {
+            let started = Instant::now();
+            let admitted = admit(supervisor, asker, row);
+            if let Err(error) = admitted {
+                let given = Err(error);
+                if !limited(&given) {
+                    let records = [("intent", &*intent(asker, row, &call, false)), ("outcome", &*outcome(row, id, &given, started))];
+                    let _ = supervisor.audit.borrow_mut().append_all(&records);
+                }
+                return given;
+            }
+            let written = supervisor.audit.borrow_mut().append("intent", &intent(asker, row, &call, false));
+            if let (Err(fault), Effect::Grant) = (written, row.effect) {
+                return Err(Error::Failed { step: "audit".into(), errno: None, detail: format!("{fault}: nothing is granted until it can") });
+            }
+            begin(supervisor, row, call, fds, started)
+        }
+    };
+    match tokio::time::timeout(patience, result.wait_for(Option::is_some)).await {
+        Ok(Ok(given)) => given.clone().unwrap_or_else(|| Err(lost_result())),
+        Ok(Err(_)) => Err(lost_result()),
+        Err(_) => Err(Error::Timeout { step: row.name.into(), after_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX) }),
+    }
+}
+
+fn lost_result() -> Error {
+    Error::Failed { step: "dispatch".into(), errno: None, detail: "the operation ended without a result; its panic is in the journal".into() }
+}
+
+fn begin(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: Vec<OwnedFd>, started: Instant) -> watch::Receiver<Option<Given>> {
+    let (done, result) = watch::channel(None);
+    let id = call.id;
+    supervisor.in_flight.borrow_mut().insert(id, result.clone());
+    let supervisor = Rc::clone(supervisor);
+    tokio::task::spawn_local(async move {
+        // Also when the handler panics: the entry must not stay.
+        let _entry = InFlight { supervisor: Rc::clone(&supervisor), id };
+        let given = handle(&supervisor, row, call, fds).await;
+        let _ = supervisor.audit.borrow_mut().append("outcome", &outcome(row, id, &given, started));
+        supervisor.sync_soon();
+        let _ = done.send(Some(given));
+    });
+    result
+}
+
+struct InFlight {
+    supervisor: Rc<Supervisor>,
+    id: RequestId,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.supervisor.in_flight.borrow_mut().remove(&self.id);
+    }
+}
+
+/// Every operation, and no other: this match stops compiling when the table grows.
+async fn handle(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: Vec<OwnedFd>) -> Given {
+    match call.request {
+        Request::HostInventory(ask) => Ok((Reply::HostInventory(vm::inventory::inventory(supervisor, &ask)), Vec::new())),
+        Request::VmClaim(ask) => vm::claim::claim(supervisor, call.id, &ask).map(|reply| (Reply::VmClaim(reply), Vec::new())),
+        Request::VmRelease(ask) => vm::release::release(supervisor, row, &ask).await.map(|reply| (Reply::VmRelease(reply), Vec::new())),
+        Request::VmSpawn(ask) => vm::spawn::spawn(supervisor, row, call.id, ask, fds).await.map(|(reply, fds)| (Reply::VmSpawn(reply), fds)),
+        Request::VmAttach(ask) => vm::attach::attach(supervisor, row, &ask).map(|(reply, fds)| (Reply::VmAttach(reply), fds)),
+        Request::VmConsole(ask) => vm::attach::console(supervisor, row, &ask).map(|(reply, fds)| (Reply::VmConsole(reply), fds)),
+        Request::VmSignal(ask) => vm::signal::signal(supervisor, row, &ask).map(|reply| (Reply::VmSignal(reply), Vec::new())),
+    }
+}
+
+fn admit(supervisor: &Supervisor, asker: &Asker, row: &Operation) -> Result<(), Error> {
+    let active = |sessions: &Sessions| sessions.is_active(asker.session);
+    if !active(&supervisor.sessions) {
+        return Err(Error::Superseded);
+    }
+    supervisor.limiter.borrow_mut().admit(row.class, Instant::now())
+}
+
+/// A refusal by the limiter is counted, not written: a storm must not fill the audit's disk.
+fn limited(given: &Given) -> bool {
+    matches!(given, Err(Error::Exhausted { retry_after_ms: Some(_), what, .. }) if what.ends_with("requests a second"))
+}
+
+fn intent(asker: &Asker, row: &Operation, call: &Call, repeated: bool) -> String {
+    let mut fields = format!(",\"request\":\"{}\",\"operation\":\"{}\"{}", call.id, row.name, asker.described);
+    if repeated {
+        fields.push_str(",\"repeated\":true");
+    }
+    // The decoded value, never the bytes; printable, since every string in it is of a checked type.
+    let arguments = if row.secret_fields.is_empty() {
+        serde_json::to_string(&call.request)
+    } else {
+        serde_json::to_value(&call.request).map(|mut value| {
+            hide(&mut value, row.secret_fields);
+            value.to_string()
+        })
+    };
+    let _ = write!(fields, ",\"arguments\":{}", arguments.as_deref().unwrap_or("null"));
+    fields
+}
+
+/// Takes the values of secret fields out, wherever they are.
+fn hide(value: &mut serde_json::Value, secret: &[&str]) {
+    match value {
+        serde_json::Value::Object(fields) => {
+            for (name, field) in fields {
+                if secret.contains(&name.as_str()) { *field = "(secret)".into() } else { hide(field, secret) }
+            }
+        }
+        serde_json::Value::Array(items) => items.iter_mut().for_each(|item| hide(item, secret)),
+        _ => {}
+    }
+}
+
+fn outcome(row: &Operation, id: RequestId, given: &Given, started: Instant) -> String {
+    let verdict = given.as_ref().map_or_else(Error::kind, |_| "ok");
+    let mut fields = format!(",\"request\":\"{id}\",\"operation\":\"{}\",\"verdict\":\"{verdict}\"", row.name);
+    match given {
+        // What was given, where it is more than an answer to read.
+        Ok((reply, _)) if row.class != Class::Read => {
+            let _ = write!(fields, ",\"reply\":{}", serde_json::to_string(reply).as_deref().unwrap_or("null"));
+        }
+        Ok(_) => {}
+        Err(error) => {
+            let _ = write!(fields, ",\"error\":{}", quoted(&error.to_string(), 500));
+            if let Some(errno) = error.errno() {
+                let _ = write!(fields, ",\"errno\":{errno}");
+            }
+        }
+    }
+    let _ = write!(fields, ",\"micros\":{}", started.elapsed().as_micros());
+    fields
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secret_fields_are_hidden_at_every_depth() {
+        let mut value = serde_json::json!({"vm.x": {"name": "a", "key": "s3cret", "list": [{"key": {"deep": "s3cret"}}]}});
+        hide(&mut value, &["key"]);
+        assert!(!value.to_string().contains("s3cret"));
+        assert_eq!(value["vm.x"]["name"], "a");
+    }
+
+    #[test]
+    fn an_error_with_control_bytes_stays_one_printable_line() {
+        let row = Request::examples()[0].operation();
+        let given: Given = Err(Error::Failed { step: "x".into(), errno: Some(5), detail: "a\n\u{1b}[31m\u{202e}\"b".into() });
+        let fields = outcome(row, RequestId { session: 1, serial: 1 }, &given, Instant::now());
+        assert!(fields.bytes().all(|b| (0x20..0x7f).contains(&b)), "{fields}");
+        let record: serde_json::Value = serde_json::from_str(&format!("{{\"x\":1{fields}}}")).unwrap();
+        assert_eq!(record["errno"], 5);
+    }
+}

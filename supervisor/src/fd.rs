@@ -1,0 +1,91 @@
+//! The interrogation of file descriptors that come from the worker: before anything is done with one, it must be what its role says
+//! (THREATS 5).
+
+use diarch_ipc::Error;
+use diarch_ipc::spec::{FdAccess, FdKind, FdRole};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use std::os::fd::OwnedFd;
+
+/// Checks one descriptor against its role. `index` is its place in the frame, for the sentence.
+pub fn interrogate(fd: &OwnedFd, role: FdRole, index: usize) -> Result<(), Error> {
+    let field = || format!("fds[{index}] ({})", role.name);
+    let flags = fcntl_getfl(fd).map_err(|error| Error::io(field(), &error.into()))?;
+    if flags.contains(OFlags::PATH) {
+        return Err(Error::invalid(field(), "it was opened with O_PATH, which gives no right to the content"));
+    }
+    let stat = fstat(fd).map_err(|error| Error::io(field(), &error.into()))?;
+    let found = FileType::from_raw_mode(stat.st_mode);
+    let right_kind = match role.kind {
+        FdKind::RegularFile => found == FileType::RegularFile,
+        FdKind::RegularFileOrBlockDevice => matches!(found, FileType::RegularFile | FileType::BlockDevice),
+    };
+    if !right_kind {
+        return Err(Error::invalid(field(), format!("it is a {}, and a {} is needed", kind_word(found), role_word(role.kind))));
+    }
+    let mode = flags & OFlags::RWMODE;
+    let (right_access, needed) = match role.access {
+        FdAccess::Append => (mode == OFlags::WRONLY && flags.contains(OFlags::APPEND), "write-only and append-only"),
+        FdAccess::ReadOnly => (mode == OFlags::RDONLY, "read-only"),
+        FdAccess::ReadWrite => (mode == OFlags::RDWR, "read-write"),
+    };
+    if !right_access {
+        return Err(Error::invalid(field(), format!("it must be opened {needed}")));
+    }
+    Ok(())
+}
+
+fn kind_word(kind: FileType) -> &'static str {
+    match kind {
+        FileType::RegularFile => "regular file",
+        FileType::Directory => "directory",
+        FileType::Symlink => "symbolic link",
+        FileType::Fifo => "pipe",
+        FileType::Socket => "socket",
+        FileType::CharacterDevice => "character device",
+        FileType::BlockDevice => "block device",
+        FileType::Unknown => "kind of file without a name",
+    }
+}
+
+fn role_word(kind: FdKind) -> &'static str {
+    match kind {
+        FdKind::RegularFile => "regular file",
+        FdKind::RegularFileOrBlockDevice => "regular file or block device",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diarch_ipc::spec;
+    use std::fs::{File, OpenOptions};
+    use std::os::unix::fs::OpenOptionsExt;
+
+    fn refused(fd: impl Into<OwnedFd>, role: FdRole) -> String {
+        interrogate(&fd.into(), role, 3).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn each_role_takes_exactly_its_kind_and_access() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let log = OpenOptions::new().append(true).create(true).open(&path).unwrap();
+        interrogate(&log.into(), spec::LOG, 0).unwrap();
+        let ro = || File::open(&path).unwrap();
+        let rw = || OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        interrogate(&ro().into(), spec::KERNEL, 0).unwrap();
+        interrogate(&rw().into(), spec::DISK_READ_WRITE, 0).unwrap();
+        assert!(refused(rw(), spec::KERNEL).contains("fds[3] (kernel): it must be opened read-only"));
+        assert!(refused(ro(), spec::DISK_READ_WRITE).contains("read-write"));
+        assert!(refused(OpenOptions::new().write(true).open(&path).unwrap(), spec::LOG).contains("append-only"));
+    }
+
+    #[test]
+    fn a_directory_a_pipe_a_device_and_an_o_path_descriptor_are_refused() {
+        assert!(refused(File::open("/").unwrap(), spec::KERNEL).contains("directory"));
+        assert!(refused(File::open("/dev/zero").unwrap(), spec::KERNEL).contains("character device"));
+        assert!(refused(std::io::pipe().unwrap().0, spec::INITRD).contains("pipe"));
+        let path = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open("/etc/passwd").unwrap();
+        assert!(refused(path, spec::KERNEL).contains("O_PATH"));
+    }
+}

@@ -1,0 +1,151 @@
+//! From a bare process to a supervisor that serves: the order of the steps is the security argument.
+//!
+//! ```text
+//!   kernel new enough? -> grants -> socket -> audit -> ledger -> shed capabilities -> runtime -> adopt -> serve
+//!   `------------- one thread, all rights -------------------'  `--- threads, only what the table names ---'
+//! ```
+
+use crate::audit::{Audit, now_ms};
+use crate::grants::Grants;
+use crate::helper::{Helpers, THREADS};
+use crate::ledger::Ledger;
+use crate::limiter::Limiter;
+use crate::server::Server;
+use crate::state::Supervisor;
+use crate::{listen, privilege, vm};
+use diarch_ipc::operation::KvmVerdict;
+use diarch_ipc::peer::Expected;
+use sd_notify::NotifyState;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Where things are.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub grants: PathBuf,
+    pub run_dir: PathBuf,
+    pub audit: PathBuf,
+    /// Used when no socket is passed on.
+    pub socket: PathBuf,
+}
+
+/// Why the supervisor does not start, in one sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("the supervisor must be started as root")]
+    NotRoot,
+    #[error("{0}")]
+    Kernel(String),
+    #[error("the grants are refused: {0}")]
+    Grants(#[from] crate::grants::GrantsError),
+    #[error("{step}: {error}")]
+    Io { step: &'static str, error: std::io::Error },
+}
+
+fn at(step: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
+    move |error| StartError::Io { step, error }
+}
+
+/// Runs until SIGTERM or SIGINT. `inherited` is the socket that was passed on.
+pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartError> {
+    if rustix::process::geteuid().as_raw() != 0 {
+        return Err(StartError::NotRoot);
+    }
+    let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+    privilege::check_kernel(&kernel).map_err(StartError::Kernel)?;
+    let grants = Grants::load(&settings.grants, 0)?;
+    let (uid, gid) = grants.worker.user.resolve()?;
+    listen::run_directory(&settings.run_dir)?;
+    let socket = match inherited {
+        Some(socket) => socket,
+        None => listen::own(&settings.socket, gid).map_err(at("the socket"))?,
+    };
+    let audit = Audit::open(&settings.audit).map_err(at("the audit"))?;
+    let ledger = Ledger::open(&settings.run_dir).map_err(at("the ledger"))?;
+    privilege::shed().map_err(at("giving up capabilities"))?;
+
+    let expected = Expected { uid, unit: grants.worker.unit.clone() };
+    let qemu_grants = vm::inventory::qemu_grants(&grants);
+    let supervisor = Rc::new(Supervisor {
+        limiter: Limiter::new(&grants.limits, Instant::now()).into(),
+        kvm: if grants.vms.kvm { KvmVerdict::Probing } else { KvmVerdict::NotGranted }.into(),
+        grants,
+        ledger,
+        helpers: Helpers::default(),
+        sessions: crate::session::Sessions::default(),
+        hashes: crate::qemu::HashCache::default(),
+        qemu_grants,
+        started_ms: now_ms(),
+        kernel,
+        audit: audit.into(),
+        slots: std::cell::RefCell::default(),
+        in_flight: std::cell::RefCell::default(),
+        sync_scheduled: std::cell::Cell::default(),
+        sync_wanted: tokio::sync::Notify::new(),
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .max_blocking_threads(THREADS)
+        .thread_stack_size(512 * 1024)
+        .thread_name("diarch-helper")
+        .build()
+        .map_err(at("the runtime"))?;
+    tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, expected, socket))
+}
+
+async fn serve(supervisor: Rc<Supervisor>, expected: Expected, socket: OwnedFd) -> Result<(), StartError> {
+    let findings = vm::adopt::find(&supervisor.ledger).map_err(at("the ledger"))?;
+    let adopted = findings.found.iter().filter(|found| found.pidfd.is_some()).count();
+    let _ = supervisor
+        .audit
+        .borrow_mut()
+        .append("start", &format!(",\"version\":\"{}\",\"pid\":{},\"adopted\":{adopted}", diarch_ipc::VERSION, std::process::id()));
+    for note in &findings.notes {
+        tracing::info!("{note}");
+        supervisor.note(note);
+    }
+    supervisor.sync_soon();
+    vm::adopt::adopt(&supervisor, findings.found);
+
+    let listener = listen::listener(socket).map_err(at("the socket"))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(at("signals"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(at("signals"))?;
+    if supervisor.grants.vms.kvm {
+        let supervisor = Rc::clone(&supervisor);
+        tokio::task::spawn_local(async move { supervisor.probe_kvm().await });
+    }
+    let server = Server::new(Rc::clone(&supervisor), expected);
+    tell_manager(&[NotifyState::Ready, NotifyState::Status("serving")]);
+    tracing::info!(version = diarch_ipc::VERSION, adopted, "serving");
+    tokio::select! {
+        () = server.serve(&listener) => {}
+        () = supervisor.keep_synced() => {}
+        () = feed_watchdog() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tell_manager(&[NotifyState::Stopping]);
+    // VMs live on, and the next supervisor finds them in the ledger.
+    supervisor.note("stopped by a signal; VMs run on");
+    tracing::info!("stopping; VMs run on");
+    Ok(())
+}
+
+fn tell_manager(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "the service manager can't be told");
+    }
+}
+
+/// Feeds the service manager's watchdog from the very loop that answers requests: if it hangs, the food stops.
+async fn feed_watchdog() {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep((limit / 3).max(Duration::from_millis(100))).await;
+        tell_manager(&[NotifyState::Watchdog]);
+    }
+}

@@ -1,0 +1,221 @@
+//! The socket: accepts, finds out who it is, shakes hands, and reads requests.
+//!
+//! One task for each connection. A connection that is silent, slow or hostile costs its own task and nothing else.
+
+use crate::dispatch::{self, Asker};
+use crate::state::{Given, Supervisor};
+use diarch_ipc::Error;
+use diarch_ipc::channel::{Channel, ReceiveError, Receiver};
+use diarch_ipc::frame::{Answer, ClientFrame, Hello, Malformed, Outcome, ServerFrame, encode, printable};
+use diarch_ipc::name::RequestId;
+use diarch_ipc::operation::{Class, Event};
+use diarch_ipc::peer::{Expected, Peer};
+use interprocess::local_socket::tokio::{Listener, Stream, prelude::*};
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// Connections at one time, in all. A host has one worker; the rest is room for its successors and for tests.
+const MAX_CONNECTIONS: usize = 64;
+/// A peer says Hello within this.
+const HELLO_PATIENCE: Duration = Duration::from_secs(2);
+/// A peer takes an answer within this.
+const SEND_PATIENCE: Duration = Duration::from_secs(10);
+/// Requests of one session that are worked on at one time; more wait in the socket.
+const MAX_IN_FLIGHT: usize = 64;
+
+/// The listening end.
+pub struct Server {
+    supervisor: Rc<Supervisor>,
+    expected: Rc<Expected>,
+    open: Rc<Cell<usize>>,
+    /// Given up when descriptors run out, so that there is one to accept and refuse with (THREATS 6).
+    reserve: RefCell<Option<File>>,
+}
+
+impl Server {
+    pub fn new(supervisor: Rc<Supervisor>, expected: Expected) -> Self {
+        Self { supervisor, expected: Rc::new(expected), open: Rc::default(), reserve: RefCell::new(File::open("/dev/null").ok()) }
+    }
+
+    /// Accepts for ever.
+    pub async fn serve(&self, listener: &Listener) {
+        loop {
+            match listener.accept().await {
+                Ok(stream) => self.begin(stream),
+                Err(error) => self.accept_failed(&error, listener).await,
+            }
+        }
+    }
+
+    async fn accept_failed(&self, error: &io::Error, listener: &Listener) {
+        tracing::error!(%error, "accept failed");
+        if matches!(error.raw_os_error(), Some(nix::libc::EMFILE | nix::libc::ENFILE)) {
+            self.reserve.borrow_mut().take();
+            // The connection that waits is accepted with the descriptor just freed, and closed.
+            let _ = tokio::time::timeout(Duration::from_millis(1), listener.accept()).await;
+            *self.reserve.borrow_mut() = File::open("/dev/null").ok();
+        }
+        // Whatever it is, it must not become a busy loop.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    fn begin(&self, stream: Stream) {
+        let channel = Rc::new(Channel::from_stream(stream));
+        let place = Place::take(&self.open);
+        let (supervisor, expected) = (Rc::clone(&self.supervisor), Rc::clone(&self.expected));
+        let crowded = place.number > MAX_CONNECTIONS;
+        tokio::task::spawn_local(async move {
+            let _place = place;
+            let ended = if crowded {
+                Err(Error::Exhausted { what: "connections".into(), limit: MAX_CONNECTIONS as u64, retry_after_ms: Some(1000) })
+            } else {
+                connection(&supervisor, &expected, &channel).await
+            };
+            if let Err(error) = ended {
+                tracing::warn!(%error, "connection refused");
+                supervisor.note(&format!("connection refused: {error}"));
+                let _ = tokio::time::timeout(Duration::from_millis(100), channel.send(&ServerFrame::Refused(error), &[])).await;
+            }
+        });
+    }
+}
+
+/// Counts a connection while it is open.
+struct Place {
+    open: Rc<Cell<usize>>,
+    number: usize,
+}
+
+impl Place {
+    fn take(open: &Rc<Cell<usize>>) -> Self {
+        let number = open.get() + 1;
+        open.set(number);
+        Self { open: Rc::clone(open), number }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.open.set(self.open.get().saturating_sub(1));
+    }
+}
+
+/// One connection, from its first byte to its last. An error is told to the peer before the connection closes.
+async fn connection(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc<Channel>) -> Result<(), Error> {
+    let peer = Peer::of(&**channel, expected.unit.is_some())?;
+    peer.check(expected)?;
+    let mut receiver = Receiver::default();
+    let first = tokio::time::timeout(HELLO_PATIENCE, channel.receive::<ClientFrame>(&mut receiver)).await;
+    match first.map_err(|_| Error::Timeout { step: "Hello".into(), after_ms: 2000 })? {
+        Ok((ClientFrame::Hello(theirs), fds)) if fds.is_empty() => Hello::ours().check(&theirs, "worker")?,
+        Ok(_) => return Err(Error::invalid("frame", "the first frame must be a Hello, without file descriptors")),
+        Err(ReceiveError::Closed) => return Ok(()),
+        Err(error) => return Err(hostile(&error)),
+    }
+    channel.send(&ServerFrame::Hello(Hello::ours()), &[]).await?;
+    let session = supervisor.sessions.begin(channel);
+    let asker = Asker::new(session, &peer);
+    tracing::info!(session, uid = peer.uid, pid = peer.pid, "worker connected");
+    supervisor.note(&format!("session {session} began: version {}", diarch_ipc::VERSION));
+    let ended = requests(supervisor, &asker, channel, &mut receiver).await;
+    tracing::info!(session, "worker disconnected");
+    ended
+}
+
+fn hostile(error: &ReceiveError) -> Error {
+    Error::invalid("frame", printable(&error.to_string(), 300))
+}
+
+/// Reads requests until the peer goes, or sends something that no honest peer sends.
+async fn requests(supervisor: &Rc<Supervisor>, asker: &Asker, channel: &Rc<Channel>, receiver: &mut Receiver) -> Result<(), Error> {
+    let places = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
+    let mut bytes = Vec::new();
+    loop {
+        let (call, fds) = match channel.receive::<ClientFrame>(receiver).await {
+            Ok((ClientFrame::Call(call), fds)) => (call, fds),
+            Ok((ClientFrame::Hello(_), _)) => return Err(Error::invalid("frame", "a second Hello")),
+            Err(ReceiveError::Closed) => return Ok(()),
+            Err(error) => return Err(hostile(&error)),
+        };
+        let expected = call.request.fds_in().len();
+        if fds.len() != expected {
+            return Err(hostile(&Malformed::WrongFdCount { expected, got: fds.len() }.into()));
+        }
+        if call.request.operation().class == Class::Read {
+            let given = dispatch::read(supervisor, asker, &call);
+            send(channel, call.id, given, &mut bytes).await?;
+            continue;
+        }
+        // When the session's places are taken, the next request waits in the socket: that is the peer's to notice.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        let (supervisor, asker, channel) = (Rc::clone(supervisor), asker.clone(), Rc::clone(channel));
+        tokio::task::spawn_local(async move {
+            let _place = place;
+            let id = call.id;
+            let given = dispatch::change(&supervisor, &asker, call, fds).await;
+            // A peer that is gone asks again from its next connection.
+            let _ = send(&channel, id, given, &mut Vec::new()).await;
+        });
+    }
+}
+
+async fn send(channel: &Channel, id: RequestId, given: Given, bytes: &mut Vec<u8>) -> Result<(), Error> {
+    let (outcome, fds) = match given {
+        Ok((reply, fds)) => (Outcome::Ok(reply), fds),
+        Err(error) => (Outcome::Error(error), Vec::new()),
+    };
+    encode(&ServerFrame::Answer(Answer { id, outcome }), bytes)?;
+    let borrowed: Vec<_> = fds.iter().map(|fd: &Rc<OwnedFd>| fd.as_fd()).collect();
+    match tokio::time::timeout(SEND_PATIENCE, channel.send_encoded(bytes, &borrowed)).await {
+        Ok(sent) => sent.map_err(|error| Error::io("send", &error)),
+        Err(_) => Err(Error::Timeout { step: "send: the peer does not read".into(), after_ms: 10_000 }),
+    }
+}
+
+/// What the loop does beside answering: tells the audit what was refused by the limiter, and hands the audit to the disk.
+impl Supervisor {
+    /// Within a second, and once for many records. No tick: an idle supervisor sleeps.
+    pub fn sync_soon(&self) {
+        self.sync_scheduled.set(true);
+        self.sync_wanted.notify_one();
+    }
+
+    /// The task behind [`Supervisor::sync_soon`].
+    pub async fn keep_synced(&self) {
+        loop {
+            self.sync_wanted.notified().await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            if !self.sync_scheduled.replace(false) {
+                continue;
+            }
+            let refused = self.limiter.borrow_mut().take_refused();
+            if refused > 0 {
+                self.note(&format!("{refused} requests refused by the limits on requests a second"));
+            }
+            let handle = self.audit.borrow().sync_handle();
+            if let Ok(file) = handle {
+                let synced = self.helpers.run("sync the audit", move || file.sync_data()).await;
+                if let Ok(Err(error)) = synced {
+                    tracing::error!(%error, "the audit can't be handed to the disk");
+                }
+            }
+        }
+    }
+
+    /// Tells the worker when the KVM probe has ended.
+    pub async fn probe_kvm(&self) {
+        let Some(uid) = self.grants.vms.uid_first.checked_add(self.grants.vms.max.into()) else { return };
+        if let Ok(verdict) = self.helpers.run("probe KVM", move || crate::kvm::probe_as(uid)).await {
+            tracing::info!(?verdict, "KVM probed");
+            self.note(&format!("kvm: {verdict:?}"));
+            self.kvm.replace(verdict.clone());
+            self.sessions.tell(Event::HostKvm { verdict });
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! What the supervisor knows while it runs: the ledger's records with the handles that can't be written down.
+
+use crate::audit::Audit;
+use crate::grants::Grants;
+use crate::helper::Helpers;
+use crate::ledger::{Ledger, Record};
+use crate::limiter::Limiter;
+use crate::qemu::HashCache;
+use crate::session::Sessions;
+use diarch_ipc::Error;
+use diarch_ipc::name::{RequestId, Slot};
+use diarch_ipc::operation::{Event, KvmVerdict, Operation, Reply, SlotState};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+
+/// The whole state. It lives on one thread; no borrow of a `RefCell` is held over an `await`.
+pub struct Supervisor {
+    pub grants: Grants,
+    pub ledger: Ledger,
+    pub helpers: Helpers,
+    pub sessions: Sessions,
+    pub hashes: HashCache,
+    pub qemu_grants: Vec<diarch_ipc::operation::QemuGrant>,
+    pub started_ms: u64,
+    pub kernel: String,
+    pub kvm: RefCell<KvmVerdict>,
+    pub audit: RefCell<Audit>,
+    pub limiter: RefCell<Limiter>,
+    pub slots: RefCell<BTreeMap<Slot, Vm>>,
+    /// Requests that are being worked on, for those that ask again meanwhile.
+    pub in_flight: RefCell<HashMap<RequestId, watch::Receiver<Option<Given>>>>,
+    pub sync_scheduled: Cell<bool>,
+    pub sync_wanted: tokio::sync::Notify,
+}
+
+/// What a handler gives: the reply with its descriptors, or a refusal. Cheap to clone, since a repeated request gets the same.
+pub type Given = Result<(Reply, Vec<Rc<OwnedFd>>), Error>;
+
+/// One slot.
+pub struct Vm {
+    pub record: Record,
+    /// QEMU's process, while the slot is running.
+    pub pidfd: Option<Rc<OwnedFd>>,
+    /// It ran before this supervisor started.
+    pub adopted: bool,
+    /// The step that does not end, if one doesn't.
+    pub quarantined: Option<String>,
+    /// One operation at a time changes a slot.
+    pub lock: std::sync::Arc<Mutex<()>>,
+}
+
+impl Vm {
+    pub fn new(record: Record) -> Self {
+        Self { record, pidfd: None, adopted: false, quarantined: None, lock: std::sync::Arc::default() }
+    }
+
+    /// The state as others see it.
+    pub fn state(&self) -> SlotState {
+        if self.quarantined.is_some() { SlotState::Quarantined } else { self.record.state }
+    }
+}
+
+impl Supervisor {
+    pub fn no_such_slot(slot: Slot) -> Error {
+        Error::NotFound { what: format!("slot {slot}: nobody claimed it") }
+    }
+
+    /// Reads one slot.
+    pub fn with<T>(&self, slot: Slot, read: impl FnOnce(&Vm) -> T) -> Result<T, Error> {
+        self.slots.borrow().get(&slot).map(read).ok_or_else(|| Self::no_such_slot(slot))
+    }
+
+    /// Takes the slot's lock, so that nobody else changes it; waits for whoever has it.
+    pub async fn lock(&self, slot: Slot) -> Result<OwnedMutexGuard<()>, Error> {
+        let lock = self.with(slot, |vm| vm.lock.clone())?;
+        Ok(lock.lock_owned().await)
+    }
+
+    /// Refuses what the table says is not legal in the slot's state.
+    pub fn check_state(&self, row: &Operation, slot: Slot) -> Result<(), Error> {
+        let state = self.with(slot, Vm::state)?;
+        if row.states.contains(&state) {
+            return Ok(());
+        }
+        let legal: Vec<&str> = row.states.iter().map(|s| s.as_str()).collect();
+        Err(Error::WrongState { state: state.as_str().into(), reason: format!("{} needs slot {slot} to be {}", row.name, legal.join(" or ")) })
+    }
+
+    /// Writes a changed record down, and only then takes it as true.
+    pub fn record(&self, record: Record) -> Result<(), Error> {
+        self.ledger.write(&record).map_err(|error| Error::io("ledger", &error))?;
+        if let Some(vm) = self.slots.borrow_mut().get_mut(&record.slot) {
+            vm.record = record;
+        }
+        Ok(())
+    }
+
+    /// Does an effect on a helper thread. If it does not end within the operation's deadline, the slot is quarantined until it does.
+    pub async fn act<T: Send + 'static>(
+        self: &Rc<Self>,
+        row: &Operation,
+        slot: Slot,
+        step: &'static str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let mut running = std::pin::pin!(self.helpers.run(step, work));
+        match tokio::time::timeout(Duration::from_millis(row.deadline_ms.into()), running.as_mut()).await {
+            Ok(done) => done,
+            Err(_) => {
+                self.quarantine(slot, Some(format!("{step} did not end within {} ms", row.deadline_ms)));
+                let done = running.await;
+                self.quarantine(slot, None);
+                done
+            }
+        }
+    }
+
+    fn quarantine(&self, slot: Slot, reason: Option<String>) {
+        let label = {
+            let mut slots = self.slots.borrow_mut();
+            let Some(vm) = slots.get_mut(&slot) else { return };
+            vm.quarantined.clone_from(&reason);
+            vm.record.label.clone()
+        };
+        if let Some(reason) = reason {
+            tracing::error!(%slot, %label, %reason, "slot quarantined");
+            self.note(&format!("slot {slot} quarantined: {reason}"));
+            self.sessions.tell(Event::VmQuarantined { slot, label, reason });
+        }
+    }
+
+    /// Writes something that happened by itself into the audit; a failure is counted there.
+    pub fn note(&self, text: &str) {
+        let _ = self.audit.borrow_mut().append("note", &format!(",\"text\":{}", crate::audit::quoted(text, 500)));
+    }
+}

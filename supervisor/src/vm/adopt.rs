@@ -1,0 +1,129 @@
+//! At start: finds again what an earlier supervisor made, undoes what it left half done, and touches nothing that is not in the ledger.
+//!
+//! | the ledger says | and the process                        | then it is                                          |
+//! |-----------------|----------------------------------------|-----------------------------------------------------|
+//! | claimed         |                                        | claimed                                             |
+//! | spawning        | has no number                          | claimed: the gate never opened, the child went away |
+//! | spawning        | is QEMU (within a moment)              | running, adopted                                    |
+//! | spawning        | is gone                                | claimed: whoever asked asks again                   |
+//! | running         | lives                                  | running, adopted                                    |
+//! | running         | is gone                                | exited, how is unknown                              |
+//! | exited          |                                        | exited                                              |
+//! | releasing       | (killed, if it lives)                  | free                                                |
+
+use super::{argv, release, watch};
+use crate::ledger::{Ledger, Record, Unreadable};
+use crate::process;
+use crate::state::{Supervisor, Vm};
+use diarch_ipc::operation::{ExitStatus, SlotState};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// A child between the opened gate and its exec is given this long to become QEMU or to go.
+const HALF_MADE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A slot as it was found, with its process where that lives.
+pub struct Found {
+    pub record: Record,
+    pub pidfd: Option<OwnedFd>,
+}
+
+/// What was found, in sentences for the audit.
+pub struct Findings {
+    pub found: Vec<Found>,
+    pub unreadable: Vec<Unreadable>,
+    pub notes: Vec<String>,
+}
+
+/// Looks at every record. Runs before the loop does: it may wait a moment for half-made children.
+pub fn find(ledger: &Ledger) -> io::Result<Findings> {
+    let (records, unreadable) = ledger.load()?;
+    let mut findings = Findings { found: Vec::new(), unreadable, notes: Vec::new() };
+    for mut record in records {
+        let slot = record.slot;
+        let process = record.run.as_ref().and_then(|run| run.process);
+        let mut pidfd = process.and_then(|process| process::find(process, record.uid));
+        let was = record.state;
+        match was {
+            SlotState::Claimed | SlotState::Exited | SlotState::Quarantined => pidfd = None,
+            SlotState::Spawning => {
+                // Before its user is changed, a half-made child is still root's: `find` by the VM's user does not see it.
+                let child = process.map(|process| half_made(process, &record));
+                pidfd = child.flatten();
+                if pidfd.is_some() {
+                    record.state = SlotState::Running;
+                } else {
+                    record.state = SlotState::Claimed;
+                    record.run = None;
+                }
+            }
+            SlotState::Running if pidfd.is_none() => {
+                record.state = SlotState::Exited;
+                if let Some(run) = &mut record.run {
+                    run.exit.get_or_insert(ExitStatus::Unknown);
+                }
+            }
+            SlotState::Running => {}
+            SlotState::Releasing => {
+                if let Some(pidfd) = &pidfd {
+                    release::end(pidfd).map_err(|error| io::Error::other(error.to_string()))?;
+                }
+                ledger.remove(slot)?;
+                findings.notes.push(format!("slot {slot} ({}): its release was finished", record.label));
+                continue;
+            }
+        }
+        if record.state != was {
+            findings.notes.push(format!("slot {slot} ({}): was {}, found {}", record.label, was.as_str(), record.state.as_str()));
+            ledger.write(&record)?;
+        } else if pidfd.is_some() {
+            findings.notes.push(format!("slot {slot} ({}): adopted", record.label));
+        }
+        findings.found.push(Found { record, pidfd });
+    }
+    for lost in &findings.unreadable {
+        findings.notes.push(format!("slot {}: its record can't be read ({}); the slot stays closed, and its processes are left alone", lost.slot, lost.reason));
+    }
+    Ok(findings)
+}
+
+/// Waits until a child that was caught between fork and exec is QEMU under its own user (then it is adopted) or gone.
+fn half_made(recorded: crate::ledger::Process, record: &Record) -> Option<OwnedFd> {
+    let name = argv::process_name(record.slot);
+    let until = Instant::now() + HALF_MADE_PATIENCE;
+    loop {
+        let (start_time, _) = process::identity(recorded.pid)?;
+        if start_time != recorded.start_time {
+            return None;
+        }
+        let found = process::find(recorded, record.uid);
+        if found.is_some() && process::runs_as(recorded.pid, &name) {
+            return found;
+        }
+        if Instant::now() >= until {
+            // It neither became QEMU nor went: end it, while its identity is beyond doubt.
+            if let Some(pidfd) = found.or_else(|| process::find(recorded, 0)) {
+                let _ = release::end(&pidfd);
+            }
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Takes over what was found.
+pub fn adopt(supervisor: &Rc<Supervisor>, found: Vec<Found>) {
+    for Found { record, pidfd } in found {
+        let (slot, spawn) = (record.slot, record.run.as_ref().map(|run| run.spawn));
+        let mut vm = Vm::new(record);
+        vm.adopted = pidfd.is_some();
+        vm.pidfd = pidfd.map(Rc::new);
+        let pidfd = vm.pidfd.clone();
+        supervisor.slots.borrow_mut().insert(slot, vm);
+        if let (Some(pidfd), Some(spawn)) = (pidfd, spawn) {
+            watch::begin(supervisor, slot, spawn, pidfd);
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! QEMU's argument vector, rendered from a typed specification (THREATS 12).
+//!
+//! Whatever the worker chose arrives as a number, an enum, a canonical address or a MAC, and goes into JSON where QEMU takes JSON. The kernel's command line
+//! is one argument of its own, which QEMU does not parse. There are no paths but `/proc/self/fd/N` and `/dev/fdset/N`, whose numbers are
+//! ours. A test reads a rendered vector back and compares.
+//!
+//! Checked against QEMU 7.2 (Debian 12) and 10.0 (Debian 13).
+
+use diarch_ipc::name::{Forward, Slot};
+use diarch_ipc::spec::{Accelerator, Boot, DiskAccess, DiskFormat, Egress, FdRole, Nic, VmSpec};
+use serde_json::json;
+
+/// Where QEMU finds what it was given; 0 is `/dev/null`, 1 and 2 are the log.
+pub const QMP_FD: i32 = 3;
+pub const CONSOLE_FD: i32 = 4;
+/// The console's log, and after it the files of the specification in the order of [`VmSpec::fds`].
+pub const CONSOLE_LOG_FD: i32 = 5;
+pub const FIRST_FILE_FD: i32 = 6;
+
+/// What a VM's process is called in `ps`, and by what a restarted supervisor tells QEMU from its own half-made child.
+pub fn process_name(slot: Slot) -> String {
+    format!("diarch-vm-{slot}")
+}
+
+/// The whole vector, `argv[0]` included.
+pub fn render(program: &str, slot: Slot, spec: &VmSpec) -> Vec<String> {
+    let mut argv: Vec<String> = Vec::with_capacity(64);
+    let mut push = |args: &[&str]| argv.extend(args.iter().map(|a| (*a).to_owned()));
+
+    let name = process_name(slot);
+    push(&[program, "-name", &format!("guest={name},process={name},debug-threads=on")]);
+    push(&["-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on"]);
+    // spawn=deny: no fork and exec; elevateprivileges=deny: no set*id (system/qemu-options, "-sandbox").
+    push(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+    push(&["-machine", "q35,usb=off,vmport=off,dump-guest-core=off"]);
+    match spec.accelerator {
+        Accelerator::Kvm => push(&["-accel", "kvm", "-cpu", "host"]),
+        Accelerator::Tcg => push(&["-accel", "tcg,thread=multi", "-cpu", "max"]),
+    }
+    push(&["-smp", &format!("cpus={}", spec.cpus), "-m", &format!("size={}M", spec.memory)]);
+
+    push(&["-chardev", &format!("socket,id=qmp,fd={QMP_FD},server=on,wait=off"), "-mon", "chardev=qmp,mode=control"]);
+    push(&["-add-fd", &format!("fd={CONSOLE_LOG_FD},set={CONSOLE_LOG_FD}")]);
+    push(&["-chardev", &format!("socket,id=console,fd={CONSOLE_FD},server=on,wait=off,logfile=/dev/fdset/{CONSOLE_LOG_FD},logappend=on")]);
+    push(&["-serial", "chardev:console"]);
+
+    for (role, fd) in files(spec) {
+        // These three are opened by name with fopen(3), which knows nothing of fd sets.
+        match role.name {
+            "kernel" => push(&["-kernel", &format!("/proc/self/fd/{fd}")]),
+            "initrd" => push(&["-initrd", &format!("/proc/self/fd/{fd}")]),
+            "firmware" => push(&["-bios", &format!("/proc/self/fd/{fd}")]),
+            _ => {}
+        }
+    }
+    if let Boot::Kernel { command_line, .. } = &spec.boot {
+        push(&["-append", command_line.as_str()]);
+    }
+    let disk_fds = files(spec).into_iter().filter(|(role, _)| role.name == "disk").map(|(_, fd)| fd);
+    for (n, (disk, fd)) in spec.disks.iter().zip(disk_fds).enumerate() {
+        let read_only = disk.access == DiskAccess::ReadOnly;
+        push(&["-add-fd", &format!("fd={fd},set={fd}")]);
+        let file =
+            json!({"driver": "file", "node-name": format!("file{n}"), "filename": format!("/dev/fdset/{fd}"), "read-only": read_only, "auto-read-only": false});
+        push(&["-blockdev", &file.to_string()]);
+        let format = match disk.format {
+            DiskFormat::Raw => json!({"driver": "raw", "node-name": format!("disk{n}"), "file": format!("file{n}"), "read-only": read_only}),
+            // No backing file: the image's header could name any path (THREATS 15).
+            DiskFormat::Qcow2 => {
+                json!({"driver": "qcow2", "node-name": format!("disk{n}"), "file": format!("file{n}"), "read-only": read_only, "backing": null})
+            }
+        };
+        push(&["-blockdev", &format.to_string()]);
+        push(&["-device", &json!({"driver": "virtio-blk-pci", "drive": format!("disk{n}")}).to_string()]);
+    }
+    for (n, nic) in spec.nics.iter().enumerate() {
+        push(&["-netdev", &netdev(n, nic), "-device"]);
+        // No option ROM: it is a file by path, and nothing boots from this network.
+        push(&[&json!({"driver": "virtio-net-pci", "netdev": format!("net{n}"), "mac": nic.mac.as_str(), "romfile": ""}).to_string()]);
+    }
+    argv
+}
+
+fn netdev(n: usize, nic: &Nic) -> String {
+    let forwards: Vec<_> = nic.forwards.iter().map(|forward| json!({"str": hostfwd(forward)})).collect();
+    let mut user = json!({"type": "user", "id": format!("net{n}"), "restrict": nic.egress == Egress::Closed});
+    if !forwards.is_empty() {
+        user["hostfwd"] = forwards.into();
+    }
+    user.to_string()
+}
+
+/// Parts that are a protocol, a canonical address and two ports hold no `,` and no second `-`.
+fn hostfwd(forward: &Forward) -> String {
+    let address = match forward.host_address.0 {
+        std::net::IpAddr::V4(v4) => v4.to_string(),
+        std::net::IpAddr::V6(v6) => format!("[{v6}]"),
+    };
+    format!("{}:{address}:{}-:{}", forward.protocol, forward.host_port, forward.guest_port)
+}
+
+/// The files after log and console, with the descriptor that each becomes.
+fn files(spec: &VmSpec) -> Vec<(FdRole, i32)> {
+    spec.fds().into_iter().skip(2).zip(FIRST_FILE_FD..).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diarch_ipc::Request;
+    use diarch_ipc::name::CommandLine;
+    use proptest::prelude::*;
+
+    fn example() -> VmSpec {
+        let spawn = Request::examples().into_iter().find_map(|request| match request {
+            Request::VmSpawn(spawn) => Some(spawn),
+            _ => None,
+        });
+        spawn.unwrap().spec
+    }
+    fn slot() -> Slot {
+        Slot::new(3).unwrap()
+    }
+    fn after<'a>(argv: &'a [String], option: &str) -> Vec<&'a str> {
+        argv.windows(2).filter(|pair| pair[0] == option).map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn the_example_renders_as_it_should() {
+        let argv = render("/usr/bin/qemu-system-x86_64", slot(), &example());
+        assert_eq!(after(&argv, "-kernel"), ["/proc/self/fd/6"]);
+        assert_eq!(after(&argv, "-initrd"), ["/proc/self/fd/7"]);
+        assert_eq!(after(&argv, "-append"), ["console=ttyS0"]);
+        let file: serde_json::Value = serde_json::from_str(after(&argv, "-blockdev")[0]).unwrap();
+        assert_eq!(file["filename"], "/dev/fdset/8");
+        assert_eq!(file["read-only"], true);
+        let net: serde_json::Value = serde_json::from_str(after(&argv, "-netdev")[0]).unwrap();
+        assert_eq!(net["hostfwd"][0]["str"], "tcp:127.0.0.1:8080-:80");
+        assert_eq!(net["restrict"], true);
+        assert!(argv.contains(&"-nodefaults".to_owned()) && argv.contains(&"-no-user-config".to_owned()));
+        assert!(after(&argv, "-sandbox")[0].starts_with("on,"));
+    }
+
+    #[test]
+    fn a_qcow2_image_never_opens_a_backing_file() {
+        let mut spec = example();
+        spec.disks[0].format = DiskFormat::Qcow2;
+        let argv = render("q", slot(), &spec);
+        let format: serde_json::Value = serde_json::from_str(after(&argv, "-blockdev")[1]).unwrap();
+        assert!(format.as_object().unwrap().contains_key("backing") && format["backing"].is_null());
+    }
+
+    proptest! {
+        /// Whatever the command line says, it is one argument and changes no other.
+        #[test]
+        fn a_command_line_never_adds_or_changes_an_argument(text in "[ -~]{0,200}") {
+            let plain = render("q", slot(), &example());
+            let mut spec = example();
+            if let Boot::Kernel { command_line, .. } = &mut spec.boot {
+                *command_line = CommandLine::new(text.clone()).unwrap();
+            }
+            let argv = render("q", slot(), &spec);
+            prop_assert_eq!(argv.len(), plain.len());
+            for (one, other) in argv.iter().zip(&plain) {
+                prop_assert!(one == other || *one == text);
+            }
+        }
+    }
+}

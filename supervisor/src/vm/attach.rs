@@ -1,0 +1,51 @@
+//! `vm.attach` and `vm.console`: fresh connections to a QEMU that runs, for a worker that was respawned.
+
+use super::sockets;
+use crate::state::Supervisor;
+use crate::vetted::Vetted;
+use diarch_ipc::Error;
+use diarch_ipc::name::Slot;
+use diarch_ipc::operation::{Attach, Attached, Console, ConsoleOpened, Operation};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// A slot whose QEMU runs.
+struct Live {
+    slot: Slot,
+    pid: u32,
+    pidfd: Rc<OwnedFd>,
+}
+
+pub fn attach(supervisor: &Supervisor, row: &Operation, ask: &Attach) -> Result<(Attached, Vec<Rc<OwnedFd>>), Error> {
+    let live = vet(supervisor, row, ask.slot)?.into_inner();
+    // Nothing to record: a connection leaves nothing behind.
+    let qmp = connect(supervisor, live.slot, sockets::QMP)?;
+    Ok((Attached { pid: live.pid }, vec![live.pidfd, Rc::new(qmp)]))
+}
+
+pub fn console(supervisor: &Supervisor, row: &Operation, ask: &Console) -> Result<(ConsoleOpened, Vec<Rc<OwnedFd>>), Error> {
+    let live = vet(supervisor, row, ask.slot)?.into_inner();
+    let console = connect(supervisor, live.slot, sockets::CONSOLE)?;
+    Ok((ConsoleOpened {}, vec![Rc::new(console)]))
+}
+
+fn vet(supervisor: &Supervisor, row: &Operation, slot: Slot) -> Result<Vetted<Live>, Error> {
+    supervisor.check_state(row, slot)?;
+    let live = supervisor.with(slot, |vm| {
+        let pid = vm.record.run.as_ref()?.process?.pid;
+        Some(Live { slot, pid, pidfd: vm.pidfd.clone()? })
+    })?;
+    let ended = || Error::WrongState { state: "running".into(), reason: format!("QEMU in slot {slot} is just ending") };
+    Ok(Vetted::by_vet(live.ok_or_else(ended)?))
+}
+
+fn connect(supervisor: &Supervisor, slot: Slot, name: &str) -> Result<OwnedFd, Error> {
+    sockets::connection(&supervisor.ledger.directory(slot), name).map_err(|error| match error.raw_os_error() {
+        Some(nix::libc::EAGAIN) => Error::Failed {
+            step: format!("connect to {name}"),
+            errno: error.raw_os_error(),
+            detail: "QEMU does not accept connections: it hangs, or somebody holds this one".into(),
+        },
+        _ => Error::io(format!("connect to {name}"), &error),
+    })
+}

@@ -1,0 +1,79 @@
+//! `vm.claim`: a slot, with the user and the directory that belong to it alone.
+
+use crate::ledger::Record;
+use crate::state::{Supervisor, Vm};
+use crate::vetted::Vetted;
+use diarch_ipc::Error;
+use diarch_ipc::name::{RequestId, Slot};
+use diarch_ipc::operation::{Claim, Claimed, SlotState};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+pub fn claim(supervisor: &Rc<Supervisor>, id: RequestId, ask: &Claim) -> Result<Claimed, Error> {
+    if let Some(answer) = asked_before(&supervisor.slots.borrow(), id) {
+        return Ok(answer);
+    }
+    let vetted = vet(&supervisor.slots.borrow(), supervisor.grants.vms.max, supervisor.grants.vms.uid_first, id, ask)?;
+    // Record and effect are one: the slot's directory is what appears by the rename that makes the record. (On a tmpfs: nothing to wait for.)
+    let record = vetted.into_inner();
+    supervisor.ledger.create(&record).map_err(|error| Error::io("ledger", &error))?;
+    let claimed = Claimed { slot: record.slot, uid: record.uid };
+    supervisor.slots.borrow_mut().insert(record.slot, Vm::new(record));
+    Ok(claimed)
+}
+
+fn asked_before(slots: &BTreeMap<Slot, Vm>, id: RequestId) -> Option<Claimed> {
+    let record = slots.values().map(|vm| &vm.record).find(|record| record.claim == id)?;
+    Some(Claimed { slot: record.slot, uid: record.uid })
+}
+
+/// The lowest free slot, for a label that no other slot has.
+fn vet(slots: &BTreeMap<Slot, Vm>, max: u16, uid_first: u32, id: RequestId, ask: &Claim) -> Result<Vetted<Record>, Error> {
+    if let Some(vm) = slots.values().find(|vm| vm.record.label == ask.label) {
+        let holder = format!("slot {}", vm.record.slot);
+        return Err(Error::Conflict { holder, reason: format!("it has the label {}; release it first", ask.label) });
+    }
+    let free = (0..u64::from(max)).filter_map(|n| Slot::new(n).ok()).find(|slot| !slots.contains_key(slot));
+    let Some(slot) = free else {
+        return Err(Error::Exhausted { what: "slots (vms.max in the grants)".into(), limit: u64::from(max), retry_after_ms: None });
+    };
+    let uid = uid_first.checked_add(u32::from(slot.get())).ok_or_else(|| Error::denied("vms.uid_first", "the range of user ids passes the highest one"))?;
+    Ok(Vetted::by_vet(Record { slot, label: ask.label.clone(), uid, claim: id, state: SlotState::Claimed, run: None }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diarch_ipc::name::Label;
+
+    fn id(serial: u64) -> RequestId {
+        RequestId { session: 1, serial }
+    }
+    fn ask(label: &str) -> Claim {
+        Claim { label: Label::new(label).unwrap() }
+    }
+
+    #[test]
+    fn the_lowest_free_slot_is_given_and_each_has_its_own_user() {
+        let mut slots = BTreeMap::new();
+        for (n, label) in ["a", "b", "c"].iter().enumerate() {
+            let record = vet(&slots, 3, 200_000, id(n as u64), &ask(label)).unwrap().into_inner();
+            assert_eq!((usize::from(record.slot.get()), record.uid), (n, 200_000 + n as u32));
+            slots.insert(record.slot, Vm::new(record));
+        }
+        assert_eq!(vet(&slots, 3, 200_000, id(9), &ask("d")).unwrap_err().kind(), "exhausted");
+        slots.remove(&Slot::new(1).unwrap());
+        assert_eq!(vet(&slots, 3, 200_000, id(9), &ask("d")).unwrap().slot.get(), 1);
+    }
+
+    #[test]
+    fn a_label_is_claimed_once_and_the_conflict_names_the_slot() {
+        let mut slots = BTreeMap::new();
+        let record = vet(&slots, 3, 200_000, id(1), &ask("a")).unwrap().into_inner();
+        slots.insert(record.slot, Vm::new(record));
+        let Error::Conflict { holder, .. } = vet(&slots, 3, 200_000, id(2), &ask("a")).unwrap_err() else { panic!() };
+        assert_eq!(holder, "slot 0");
+        assert_eq!(asked_before(&slots, id(1)).unwrap().slot.get(), 0);
+        assert!(asked_before(&slots, id(2)).is_none());
+    }
+}

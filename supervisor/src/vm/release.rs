@@ -1,0 +1,71 @@
+//! `vm.release`: undoes all that stands under a slot, in reverse, and gives the slot back.
+
+use crate::ledger::{Ledger, Record};
+use crate::process;
+use crate::state::Supervisor;
+use crate::vetted::Vetted;
+use diarch_ipc::Error;
+use diarch_ipc::name::Slot;
+use diarch_ipc::operation::{Operation, Release, Released, SlotState};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// A killed process ends at once, unless it sits in the kernel; longer than this, and the slot stays quarantined.
+const END_PATIENCE: Duration = Duration::from_secs(8);
+
+/// What is to be undone.
+struct Undo {
+    record: Record,
+    pidfd: Option<OwnedFd>,
+}
+
+pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &Release) -> Result<Released, Error> {
+    let slot = ask.slot;
+    if !supervisor.slots.borrow().contains_key(&slot) {
+        return Ok(Released { existed: false });
+    }
+    let Ok(_lock) = supervisor.lock(slot).await else { return Ok(Released { existed: false }) };
+    let vetted = match vet(supervisor, row, slot) {
+        // Released while this waited for the lock.
+        Err(Error::NotFound { .. }) => return Ok(Released { existed: false }),
+        other => other?,
+    };
+    supervisor.record(vetted.record.clone())?;
+    let ledger = supervisor.ledger.clone();
+    supervisor.act(row, slot, "release", move || undo(vetted, &ledger)).await??;
+    supervisor.slots.borrow_mut().remove(&slot);
+    Ok(Released { existed: true })
+}
+
+fn vet(supervisor: &Supervisor, row: &Operation, slot: Slot) -> Result<Vetted<Undo>, Error> {
+    supervisor.check_state(row, slot)?;
+    let (record, pidfd) = supervisor.with(slot, |vm| (vm.record.clone(), vm.pidfd.as_ref().map(|fd| fd.try_clone())))?;
+    let pidfd = pidfd.transpose().map_err(|error| Error::io("dup", &error))?;
+    Ok(Vetted::by_vet(Undo { record: Record { state: SlotState::Releasing, ..record }, pidfd }))
+}
+
+/// In reverse: the process, and then what it stood on.
+fn undo(vetted: Vetted<Undo>, ledger: &Ledger) -> Result<(), Error> {
+    let undo = vetted.into_inner();
+    if let Some(pidfd) = &undo.pidfd {
+        end(pidfd)?;
+    }
+    ledger.remove(undo.record.slot).map_err(|error| Error::io("ledger", &error))
+}
+
+/// Kills a process and waits until it has ended.
+pub fn end(pidfd: &OwnedFd) -> Result<(), Error> {
+    match rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(error) => return Err(Error::io("pidfd_send_signal", &error.into())),
+    }
+    if !process::wait_ended(pidfd, END_PATIENCE).map_err(|error| Error::io("wait", &error))? {
+        return Err(Error::Timeout {
+            step: "the killed QEMU to end (it hangs in the kernel)".into(),
+            after_ms: u64::try_from(END_PATIENCE.as_millis()).unwrap_or(u64::MAX),
+        });
+    }
+    process::reap(pidfd);
+    Ok(())
+}

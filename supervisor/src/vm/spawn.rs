@@ -1,0 +1,336 @@
+//! `vm.spawn`: QEMU in a claimed slot.
+//!
+//! ```text
+//!   facts   what the descriptors are, the granted binary opened and hashed        (helper thread; changes nothing)
+//!   vet     pure: request x grants x ledger x facts -> Vetted<Launch>
+//!   record  state spawning, and who asked
+//!   act     sockets, fork, pid into the ledger, gate open, exec                    (helper thread; see `jail`)
+//!   record  state running
+//! ```
+//!
+//! Killed anywhere in between, the supervisor leaves either nothing or a QEMU whose pid the ledger knows.
+
+use super::{argv, jail, sockets, watch};
+use crate::audit::now_ms;
+use crate::grants::Grants;
+use crate::ledger::{Ledger, Process, Record, Run};
+use crate::state::{Supervisor, Vm};
+use crate::vetted::Vetted;
+use crate::{fd, kvm, process, qemu};
+use diarch_ipc::Error;
+use diarch_ipc::name::{RequestId, Slot};
+use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
+use diarch_ipc::spec::{Accelerator, Boot, Egress, FdRole, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, memfd_create};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Between the opened gate and QEMU's exec lie a few dozen system calls.
+const EXEC_PATIENCE: Duration = Duration::from_secs(5);
+/// A kernel, an initial RAM disk or a firmware that is not world-readable is copied; larger ones are a mistake.
+const MAX_COPY: u64 = 1 << 30;
+/// QEMU's own threads beside the vCPUs: main, I/O workers (64 at most), RCU and some room.
+const OWN_TASKS: u64 = 160;
+/// Descriptors for disks and for the connections of user-mode networking.
+const MAX_OPEN_FILES: u64 = 4096;
+
+/// What is known before anything is decided.
+struct Facts {
+    program: File,
+    hashed: Option<qemu::Hashed>,
+    /// The descriptors, interrogated, and copied where QEMU's user could not open them again.
+    fds: Vec<OwnedFd>,
+}
+
+/// A start that was vetted.
+#[derive(Debug)]
+struct Launch {
+    record: Record,
+    argv: Vec<String>,
+    program: OwnedFd,
+    fds: Vec<OwnedFd>,
+    extra_group: Option<u32>,
+    max_tasks: u64,
+}
+
+/// The answer, with the pidfd and a connection to the monitor.
+type Started = (Spawned, Vec<Rc<OwnedFd>>);
+
+/// A QEMU that runs.
+struct Launched {
+    pidfd: OwnedFd,
+    qmp: OwnedFd,
+    record: Record,
+}
+
+pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: RequestId, ask: Spawn, fds: Vec<OwnedFd>) -> Result<Started, Error> {
+    let slot = ask.slot;
+    let _lock = supervisor.lock(slot).await?;
+    if let Some(answer) = asked_before(supervisor, id, slot)? {
+        return Ok(answer);
+    }
+    supervisor.check_state(row, slot)?;
+    let facts = gather(supervisor, row, &ask, fds).await?;
+    let hashed = facts.hashed.clone();
+
+    let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), &supervisor.kvm.borrow(), id, &ask, facts)?;
+
+    let before = supervisor.with(slot, |vm| vm.record.clone())?;
+    supervisor.record(vetted.record.clone())?;
+
+    let ledger = supervisor.ledger.clone();
+    let launched = supervisor.act(row, slot, "start QEMU", move || act(vetted, &ledger)).await.and_then(|done| done);
+    let launched = match launched {
+        Ok(launched) => launched,
+        Err(error) => {
+            supervisor.record(before)?;
+            return Err(error);
+        }
+    };
+    if let (Some(hashed), Some(granted)) = (hashed, supervisor.grants.qemu.get(ask.spec.qemu.as_str())) {
+        supervisor.hashes.put(&granted.path, hashed);
+    }
+
+    let mut record = launched.record;
+    record.state = SlotState::Running;
+    let answer = spawned(&record)?;
+    supervisor.record(record)?;
+    let pidfd = Rc::new(launched.pidfd);
+    if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
+        vm.pidfd = Some(Rc::clone(&pidfd));
+        vm.adopted = false;
+    }
+    watch::begin(supervisor, slot, id, Rc::clone(&pidfd));
+    Ok((answer, vec![pidfd, Rc::new(launched.qmp)]))
+}
+
+fn spawned(record: &Record) -> Result<Spawned, Error> {
+    let run = record.run.as_ref().and_then(|run| Some((run, run.process?)));
+    let (run, process) = run.ok_or_else(|| Error::Failed { step: "ledger".into(), errno: None, detail: "the record holds no process".into() })?;
+    Ok(Spawned { pid: process.pid, spawned_ms: run.spawned_ms })
+}
+
+/// The same request, repeated by a worker that lost the connection: the same answer, with fresh connections.
+fn asked_before(supervisor: &Supervisor, id: RequestId, slot: Slot) -> Result<Option<Started>, Error> {
+    let (record, pidfd) = supervisor.with(slot, |vm| (vm.record.clone(), vm.pidfd.clone()))?;
+    if record.run.as_ref().is_none_or(|run| run.spawn != id) {
+        return Ok(None);
+    }
+    match (record.state, pidfd) {
+        (SlotState::Running, Some(pidfd)) => {
+            let qmp = sockets::connection(&supervisor.ledger.directory(slot), sockets::QMP).map_err(|error| Error::io("connect to QMP", &error))?;
+            Ok(Some((spawned(&record)?, vec![pidfd, Rc::new(qmp)])))
+        }
+        (state, _) => {
+            let how = record.run.and_then(|run| run.exit).map_or_else(|| "has ended".to_owned(), |exit| format!("has ended with {exit}"));
+            Err(Error::WrongState { state: state.as_str().into(), reason: format!("this very request started QEMU in slot {slot}, which {how} since") })
+        }
+    }
+}
+
+async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: Vec<OwnedFd>) -> Result<Facts, Error> {
+    let name = ask.spec.qemu.as_str().to_owned();
+    let Some(granted) = supervisor.grants.qemu.get(&name).cloned() else {
+        let known: Vec<&str> = supervisor.grants.qemu.keys().map(String::as_str).collect();
+        return Err(Error::denied(
+            format!("qemu.{name}"),
+            format!("there is no such section; there are: {}", if known.is_empty() { "none".into() } else { known.join(", ") }),
+        ));
+    };
+    let known = supervisor.hashes.get(&granted.path);
+    let roles = ask.spec.fds();
+    supervisor
+        .act(row, ask.slot, "look at the files", move || {
+            for (index, (fd, role)) in fds.iter().zip(&roles).enumerate() {
+                fd::interrogate(fd, *role, index)?;
+            }
+            let fds = fds.into_iter().zip(&roles).map(|(fd, role)| openable(fd, *role)).collect::<Result<_, _>>()?;
+            let (program, hashed) = qemu::open(&name, &granted, known)?;
+            Ok(Facts { program, hashed, fds })
+        })
+        .await?
+}
+
+/// Kernel, initrd and firmware are opened again by QEMU's user, through `/proc/self/fd`. Where the file's mode doesn't let it, it gets a sealed copy in memory
+/// instead: the worker had the right to read it, and gave it away.
+fn openable(fd: OwnedFd, role: FdRole) -> Result<OwnedFd, Error> {
+    let stat = fstat(&fd).map_err(|error| Error::io("fstat", &error.into()))?;
+    if !matches!(role.name, "kernel" | "initrd" | "firmware") || stat.st_mode & 0o004 != 0 {
+        return Ok(fd);
+    }
+    let io = |error: io::Error| Error::io(format!("copy the {}", role.name), &error);
+    let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+    if size > MAX_COPY {
+        return Err(Error::invalid(role.name, format!("it is not world-readable and larger than {} MiB", MAX_COPY >> 20)));
+    }
+    let copy = memfd_create(role.name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(|error| io(error.into()))?;
+    let mut offset = 0;
+    while rustix::fs::sendfile(&copy, &fd, Some(&mut offset), 1 << 20).map_err(|error| io(error.into()))? > 0 {
+        if offset > MAX_COPY {
+            return Err(Error::invalid(role.name, "it grows while it is read"));
+        }
+    }
+    fcntl_add_seals(&copy, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL).map_err(|error| io(error.into()))?;
+    Ok(copy)
+}
+
+/// Everything that can be refused is refused here.
+fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: RequestId, ask: &Spawn, facts: Facts) -> Result<Vetted<Launch>, Error> {
+    let Some(vm) = slots.get(&ask.slot) else { return Err(Supervisor::no_such_slot(ask.slot)) };
+    let spec = &ask.spec;
+    admit_shape(spec)?;
+    admit_resources(grants, slots, ask.slot, spec)?;
+    admit_network(grants, slots, ask.slot, spec)?;
+    admit_accelerator(grants, kvm, spec)?;
+    let granted = grants.qemu.get(spec.qemu.as_str()).ok_or_else(|| Error::denied(format!("qemu.{}", spec.qemu), "there is no such section"))?;
+    let run = Run {
+        spawn: id,
+        process: None,
+        spawned_ms: now_ms(),
+        cpus: spec.cpus,
+        memory: spec.memory,
+        accelerator: spec.accelerator,
+        forwards: spec.nics.iter().flat_map(|nic| nic.forwards.iter().copied()).collect(),
+        exit: None,
+    };
+    Ok(Vetted::by_vet(Launch {
+        record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
+        argv: argv::render(&granted.path.to_string_lossy(), ask.slot, spec),
+        program: facts.program.into(),
+        fds: facts.fds,
+        extra_group: if spec.accelerator == Accelerator::Kvm { kvm::device_group() } else { None },
+        max_tasks: u64::from(spec.cpus.get()) + OWN_TASKS,
+    }))
+}
+
+fn admit_shape(spec: &VmSpec) -> Result<(), Error> {
+    let at_most = |field: &str, limit: usize, got: usize| {
+        if got > limit { Err(Error::invalid(field, format!("at most {limit}, and there are {got}"))) } else { Ok(()) }
+    };
+    at_most("spec.disks", MAX_DISKS, spec.disks.len())?;
+    at_most("spec.nics", MAX_NICS, spec.nics.len())?;
+    for nic in &spec.nics {
+        at_most("spec.nics.forwards", MAX_FORWARDS, nic.forwards.len())?;
+    }
+    if matches!(spec.boot, Boot::Disk { .. }) && spec.disks.is_empty() {
+        return Err(Error::invalid("spec.boot", "to boot from a disk there must be one"));
+    }
+    Ok(())
+}
+
+fn admit_resources(grants: &Grants, slots: &BTreeMap<Slot, Vm>, slot: Slot, spec: &VmSpec) -> Result<(), Error> {
+    if spec.cpus.get() > grants.vms.cpus_each {
+        return Err(Error::denied("vms.cpus_each", format!("{} CPUs asked for, {} granted", spec.cpus, grants.vms.cpus_each)));
+    }
+    let wanted = u64::from(spec.memory.get());
+    if wanted > grants.vms.memory_mib {
+        return Err(Error::denied("vms.memory_mib", format!("{wanted} MiB asked for, {} granted to all VMs together", grants.vms.memory_mib)));
+    }
+    let used = memory_used(slots, Some(slot));
+    if used.saturating_add(wanted) > grants.vms.memory_mib {
+        let what = format!("guest memory in MiB (vms.memory_mib in the grants): {used} in use, {wanted} asked for");
+        return Err(Error::Exhausted { what, limit: grants.vms.memory_mib, retry_after_ms: None });
+    }
+    Ok(())
+}
+
+/// The guest memory of all VMs that run, in MiB, without the one in `except`.
+pub fn memory_used(slots: &BTreeMap<Slot, Vm>, except: Option<Slot>) -> u64 {
+    runs(slots, except).map(|(_, run)| u64::from(run.memory.get())).sum()
+}
+
+fn runs(slots: &BTreeMap<Slot, Vm>, except: Option<Slot>) -> impl Iterator<Item = (&Vm, &Run)> {
+    let live = |vm: &&Vm| matches!(vm.record.state, SlotState::Spawning | SlotState::Running | SlotState::Releasing);
+    slots.values().filter(move |vm| Some(vm.record.slot) != except).filter(live).filter_map(|vm| Some((vm, vm.record.run.as_ref()?)))
+}
+
+fn admit_network(grants: &Grants, slots: &BTreeMap<Slot, Vm>, slot: Slot, spec: &VmSpec) -> Result<(), Error> {
+    let mut seen = Vec::new();
+    for nic in &spec.nics {
+        if nic.egress == Egress::Host && !grants.forwards.egress {
+            return Err(Error::denied("forwards.egress", "guests may not open connections outwards"));
+        }
+        for forward in &nic.forwards {
+            let text = format!("{}:{}/{}", forward.host_address, forward.host_port, forward.protocol);
+            if !grants.forwards.allow.iter().any(|range| range.covers(forward)) {
+                return Err(Error::denied("forwards.allow", format!("no entry covers {text}")));
+            }
+            let same = |other: &diarch_ipc::name::Forward| {
+                (other.protocol, other.host_address, other.host_port) == (forward.protocol, forward.host_address, forward.host_port)
+            };
+            if seen.iter().any(same) {
+                return Err(Error::invalid("spec.nics.forwards", format!("{text} is there twice")));
+            }
+            if let Some((holder, _)) = runs(slots, Some(slot)).find(|(_, run)| run.forwards.iter().any(same)) {
+                return Err(Error::Conflict { holder: format!("VM {}", holder.record.label), reason: format!("it has {text}") });
+            }
+            seen.push(*forward);
+        }
+    }
+    Ok(())
+}
+
+fn admit_accelerator(grants: &Grants, kvm: &KvmVerdict, spec: &VmSpec) -> Result<(), Error> {
+    match (spec.accelerator, kvm) {
+        (Accelerator::Tcg, _) | (Accelerator::Kvm, KvmVerdict::Usable) => Ok(()),
+        (Accelerator::Kvm, _) if !grants.vms.kvm => Err(Error::denied("vms.kvm", "VMs may not use /dev/kvm")),
+        (Accelerator::Kvm, KvmVerdict::Absent { reason } | KvmVerdict::Lies { reason }) => Err(Error::Unsupported { missing: format!("KVM: {reason}") }),
+        (Accelerator::Kvm, KvmVerdict::Probing | KvmVerdict::NotGranted) => Err(Error::Unsupported { missing: "KVM: the probe has not ended yet".into() }),
+    }
+}
+
+/// From here on the host changes.
+fn act(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Launched, Error> {
+    let mut launch = vetted.into_inner();
+    let slot = launch.record.slot;
+    let directory = ledger.directory(slot);
+    let step = |name: &'static str| move |error: io::Error| Error::io(name, &error);
+    let null: OwnedFd = File::options().read(true).write(true).open("/dev/null").map_err(step("open /dev/null"))?.into();
+    let qmp_listener = sockets::listener(&directory, sockets::QMP).map_err(step("QMP socket"))?;
+    let console_listener = sockets::listener(&directory, sockets::CONSOLE).map_err(step("console socket"))?;
+    let qmp = sockets::connection(&directory, sockets::QMP).map_err(step("connect to QMP"))?;
+
+    let mut given = launch.fds.into_iter();
+    let (Some(log), Some(console_log)) = (given.next(), given.next()) else {
+        return Err(Error::invalid("fds", "log and console are needed"));
+    };
+    let log_again = log.try_clone().map_err(step("dup"))?;
+    let mut fds = vec![null, log, log_again, qmp_listener, console_listener, console_log];
+    fds.extend(given);
+    let plan = jail::Plan {
+        program: launch.program,
+        argv: launch.argv,
+        fds,
+        uid: launch.record.uid,
+        extra_group: launch.extra_group,
+        max_tasks: launch.max_tasks,
+        max_open_files: MAX_OPEN_FILES,
+    };
+    let gated = jail::fork(plan)?;
+    // Nothing runs yet: if the ledger can't take the pid, the gate closes and the child goes.
+    let (start_time, _) =
+        process::identity(gated.pid).ok_or_else(|| Error::Failed { step: "read /proc".into(), errno: None, detail: "the child has no stat".into() })?;
+    if let Some(run) = &mut launch.record.run {
+        run.process = Some(Process { pid: gated.pid, start_time });
+        run.spawned_ms = now_ms();
+    }
+    let pid = gated.pid;
+    let watched = gated.pidfd.try_clone().map_err(step("dup"))?;
+    let opened = ledger.write(&launch.record).map_err(step("ledger")).and_then(|()| gated.open(EXEC_PATIENCE));
+    match opened {
+        Ok(pidfd) => Ok(Launched { pidfd, qmp, record: launch.record }),
+        Err(error) => {
+            let _ = process::wait_ended(&watched, EXEC_PATIENCE);
+            process::reap(&watched);
+            tracing::warn!(%slot, pid, %error, "QEMU was not started");
+            Err(error)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,147 @@
+use super::*;
+use diarch_ipc::Request;
+use diarch_ipc::name::{Cpus, Label, MiB, Port};
+use diarch_ipc::operation::ExitStatus;
+
+fn grants() -> Grants {
+    toml::from_str(
+        "[worker]\nuser = 64000\n[vms]\nmax = 4\nuid_first = 200000\nmemory_mib = 1024\ncpus_each = 2\n\
+         [qemu.default]\npath = \"/usr/bin/qemu-system-x86_64\"\n[forwards]\nallow = [\"127.0.0.1:8000-8099\"]\n",
+    )
+    .unwrap()
+}
+fn id(serial: u64) -> RequestId {
+    RequestId { session: 1, serial }
+}
+fn ask() -> Spawn {
+    Request::examples()
+        .into_iter()
+        .find_map(|request| match request {
+            Request::VmSpawn(spawn) => Some(spawn),
+            _ => None,
+        })
+        .unwrap()
+}
+fn facts() -> Facts {
+    Facts { program: File::open("/bin/true").unwrap(), hashed: None, fds: Vec::new() }
+}
+fn record(slot: u64, label: &str, state: SlotState, run: Option<Run>) -> Record {
+    let slot = Slot::new(slot).unwrap();
+    Record { slot, label: Label::new(label).unwrap(), uid: 200_000 + u32::from(slot.get()), claim: id(slot.get().into()), state, run }
+}
+fn slots(records: Vec<Record>) -> BTreeMap<Slot, Vm> {
+    records.into_iter().map(|record| (record.slot, Vm::new(record))).collect()
+}
+fn claimed() -> BTreeMap<Slot, Vm> {
+    slots(vec![record(0, "web", SlotState::Claimed, None)])
+}
+fn other(state: SlotState, memory: u64, port: u64) -> Record {
+    let forward = ask().spec.nics[0].forwards[0];
+    let run = Run {
+        spawn: id(77),
+        process: Some(Process { pid: 1, start_time: 1 }),
+        spawned_ms: 1,
+        cpus: Cpus::new(1).unwrap(),
+        memory: MiB::new(memory).unwrap(),
+        accelerator: Accelerator::Tcg,
+        forwards: vec![diarch_ipc::name::Forward { host_port: Port::new(port).unwrap(), ..forward }],
+        exit: (state == SlotState::Exited).then_some(ExitStatus::Code(0)),
+    };
+    record(1, "other", state, Some(run))
+}
+fn judged(slots: &BTreeMap<Slot, Vm>, change: impl FnOnce(&mut Spawn)) -> Result<Vetted<Launch>, Error> {
+    let mut ask = ask();
+    change(&mut ask);
+    vet(&grants(), slots, &KvmVerdict::NotGranted, id(5), &ask, facts())
+}
+
+#[test]
+fn the_example_is_accepted_and_recorded_before_it_exists() {
+    let launch = judged(&claimed(), |_| ()).unwrap();
+    assert_eq!(launch.record.state, SlotState::Spawning);
+    let run = launch.record.run.as_ref().unwrap();
+    assert_eq!((run.spawn, run.process), (id(5), None));
+    assert_eq!(launch.extra_group, None, "no group of /dev/kvm without KVM");
+}
+
+#[test]
+fn each_refusal_names_the_grant() {
+    let denied = |change: fn(&mut Spawn)| match judged(&claimed(), change).unwrap_err() {
+        Error::Denied { grant, .. } => grant,
+        other => panic!("{other}"),
+    };
+    assert_eq!(denied(|ask| ask.spec.cpus = Cpus::new(3).unwrap()), "vms.cpus_each");
+    assert_eq!(denied(|ask| ask.spec.memory = MiB::new(2000).unwrap()), "vms.memory_mib");
+    assert_eq!(denied(|ask| ask.spec.nics[0].egress = Egress::Host), "forwards.egress");
+    assert_eq!(denied(|ask| ask.spec.nics[0].forwards[0].host_port = Port::new(22).unwrap()), "forwards.allow");
+    assert_eq!(denied(|ask| ask.spec.accelerator = Accelerator::Kvm), "vms.kvm");
+    assert_eq!(denied(|ask| ask.spec.qemu = diarch_ipc::name::QemuName::new("mine").unwrap()), "qemu.mine");
+}
+
+#[test]
+fn memory_is_counted_over_all_that_run_and_not_over_what_ended() {
+    let with = |state| {
+        let mut all = claimed();
+        all.extend(slots(vec![other(state, 900, 8090)]));
+        judged(&all, |_| ())
+    };
+    for state in [SlotState::Running, SlotState::Spawning, SlotState::Releasing] {
+        assert_eq!(with(state).unwrap_err().kind(), "exhausted");
+    }
+    with(SlotState::Exited).unwrap();
+}
+
+#[test]
+fn a_port_that_another_vm_has_is_a_conflict_with_its_name() {
+    let mut all = claimed();
+    all.extend(slots(vec![other(SlotState::Running, 100, 8080)]));
+    let Error::Conflict { holder, .. } = judged(&all, |_| ()).unwrap_err() else { panic!() };
+    assert_eq!(holder, "VM other");
+}
+
+#[test]
+fn a_port_twice_in_one_vm_is_invalid() {
+    let twice = |ask: &mut Spawn| {
+        let forward = ask.spec.nics[0].forwards[0];
+        ask.spec.nics[0].forwards.push(forward);
+    };
+    assert_eq!(judged(&claimed(), twice).unwrap_err().kind(), "invalid");
+}
+
+#[test]
+fn too_many_disks_cards_or_forwards_are_invalid() {
+    assert_eq!(judged(&claimed(), |ask| ask.spec.disks = vec![ask.spec.disks[0].clone(); MAX_DISKS + 1]).unwrap_err().kind(), "invalid");
+    assert_eq!(judged(&claimed(), |ask| ask.spec.nics = vec![ask.spec.nics[0].clone(); MAX_NICS + 1]).unwrap_err().kind(), "invalid");
+    let many = |ask: &mut Spawn| ask.spec.nics[0].forwards = vec![ask.spec.nics[0].forwards[0]; MAX_FORWARDS + 1];
+    assert_eq!(judged(&claimed(), many).unwrap_err().kind(), "invalid");
+}
+
+#[test]
+fn kvm_that_lies_is_refused_with_the_reason() {
+    let mut grants = grants();
+    grants.vms.kvm = true;
+    let mut ask = ask();
+    ask.spec.accelerator = Accelerator::Kvm;
+    let lies = KvmVerdict::Lies { reason: "exit reason 17".into() };
+    let error = vet(&grants, &claimed(), &lies, id(5), &ask, facts()).unwrap_err();
+    assert!(error.kind() == "unsupported" && error.to_string().contains("exit reason 17"), "{error}");
+    vet(&grants, &claimed(), &KvmVerdict::Usable, id(5), &ask, facts()).unwrap();
+}
+
+#[test]
+fn a_file_that_is_not_world_readable_is_handed_on_as_a_sealed_copy() {
+    use std::io::{Read, Write};
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    File::create(&path).unwrap().write_all(b"vmlinuz").unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+    let copy = openable(File::open(&path).unwrap().into(), diarch_ipc::spec::KERNEL).unwrap();
+    let mut text = String::new();
+    File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&copy))).unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "vmlinuz");
+    assert!(File::from(copy.try_clone().unwrap()).write(b"x").is_err(), "sealed against writing");
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
+    let same = openable(File::open(&path).unwrap().into(), diarch_ipc::spec::KERNEL).unwrap();
+    assert_eq!(fstat(&same).unwrap().st_ino, fstat(File::open(&path).unwrap()).unwrap().st_ino);
+}

@@ -1,0 +1,63 @@
+//! Sees QEMU end, by its pidfd; writes it down and tells the worker.
+
+use crate::process;
+use crate::state::Supervisor;
+use diarch_ipc::name::{RequestId, Slot};
+use diarch_ipc::operation::{Event, ExitStatus, SlotState};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Watches the QEMU that the request `spawn` started in `slot`.
+pub fn begin(supervisor: &Rc<Supervisor>, slot: Slot, spawn: RequestId, pidfd: Rc<OwnedFd>) {
+    let supervisor = Rc::clone(supervisor);
+    tokio::task::spawn_local(async move {
+        let status = match ended(&supervisor, &pidfd).await {
+            Ok(status) => status,
+            Err(error) => {
+                tracing::error!(%slot, %error, "QEMU can't be watched");
+                return;
+            }
+        };
+        settle(&supervisor, slot, spawn, status);
+    });
+}
+
+async fn ended(supervisor: &Supervisor, pidfd: &Rc<OwnedFd>) -> std::io::Result<ExitStatus> {
+    // Deprecated for types whose descriptor may change or close under it; an `Rc<OwnedFd>`'s can't while we hold it.
+    #[allow(deprecated)]
+    let watched = AsyncFd::with_interest(Rc::clone(pidfd), Interest::READABLE)?;
+    drop(watched.readable().await?);
+    let copy = pidfd.try_clone()?;
+    // On a helper: for a process that is another's child, the kernel may need a moment.
+    Ok(supervisor.helpers.run("reap", move || process::reap(&copy)).await.unwrap_or(ExitStatus::Unknown))
+}
+
+/// Writes the end down, if the slot still speaks of that very QEMU.
+pub fn settle(supervisor: &Supervisor, slot: Slot, spawn: RequestId, status: ExitStatus) {
+    let mut record = {
+        let mut slots = supervisor.slots.borrow_mut();
+        let Some(vm) = slots.get_mut(&slot).filter(|vm| vm.record.run.as_ref().is_some_and(|run| run.spawn == spawn)) else { return };
+        if !matches!(vm.record.state, SlotState::Running | SlotState::Spawning) {
+            return;
+        }
+        vm.pidfd = None;
+        vm.record.clone()
+    };
+    record.state = SlotState::Exited;
+    if let Some(run) = &mut record.run {
+        run.exit = Some(status);
+    }
+    let label = record.label.clone();
+    tracing::info!(%slot, %label, %status, "QEMU ended");
+    if let Err(error) = supervisor.record(record.clone()) {
+        // The tmpfs is full, say. What is true stays true; only a restarted supervisor will have to find it out again.
+        tracing::error!(%slot, %error, "the end of QEMU can't be written down");
+        if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
+            vm.record = record;
+        }
+    }
+    supervisor.note(&format!("vm.exited slot={slot} label={label} status={status}"));
+    supervisor.sessions.tell(Event::VmExited { slot, label, status, spawn });
+}
