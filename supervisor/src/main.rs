@@ -16,7 +16,7 @@ diarch-supervisor: the privileged half of Diarch
   diarch-supervisor check-grants FILE
       Say whether a grants file would be accepted.
   diarch-supervisor probe-kvm
-      Let a guest of one instruction run, and say in one line what became of it.
+      Let a tiny guest run under KVM, and say in one line what became of it.
   diarch-supervisor --version | --help
 
 Defaults: --grants /etc/diarch/grants.toml, --run-dir /run/diarch, --audit /var/log/diarch/audit.jsonl

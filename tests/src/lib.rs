@@ -1,1 +1,25 @@
+//! The harness: whole Diarchs that live in a directory and die with a test.
+//!
+//! ```text
+//!   a test ----- Host ------------------- diarch-stand-in (its own process, a subreaper)
+//!     |            |                          |            |            \
+//!     |            |  control socket          |            |             +-- QEMUs, when the supervisor died
+//!     |            +--------------------------+            |
+//!     |  wire: speaks the contract by hand    |            +-- diarch-worker      (no privileges)
+//!     +---------------------------------------+-- diarch-supervisor  (root)
+//!     |  stepper: kills it at its n-th system call
+//! ```
+//!
+//! | module     | noun                                                                                        |
+//! |------------|---------------------------------------------------------------------------------------------|
+//! | `need`     | what a test can't do without, and the named skip when it is not there                       |
+//! | `stand_in` | the service manager that respawns the halves where there is no systemd                      |
+//! | `host`     | one whole Diarch in a directory, and the inventory that shows what was left behind          |
+//! | `wire`     | connections under another user id, and frames that no honest worker sends                   |
+//! | `stepper`  | kills a process at one chosen system call                                                   |
 
+pub mod host;
+pub mod need;
+pub mod stand_in;
+pub mod stepper;
+pub mod wire;

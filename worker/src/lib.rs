@@ -2,4 +2,17 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
+pub mod config;
 pub mod control;
+pub mod health;
+pub mod journal;
+pub mod json;
+pub mod logs;
+pub mod plan;
+pub mod qmp;
+pub mod ready;
+pub mod state;
+pub mod supervisor;
+pub mod vm;
+pub mod vmfile;

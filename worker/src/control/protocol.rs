@@ -18,20 +18,44 @@ pub enum Request {
     /// Replies `Vms`, in name order.
     VmList {},
     /// Replies `Vm`.
-    VmShow { name: String },
+    VmShow {
+        name: String,
+    },
     /// Each of these replies `Progress` lines until the VM is where it was asked to be (or, with `wait: false`, at once).
-    VmStart { name: String, wait: bool },
-    VmStop { name: String, wait: bool },
-    VmRestart { name: String, wait: bool },
-    VmKill { name: String, wait: bool },
+    VmStart {
+        name: String,
+        wait: bool,
+    },
+    VmStop {
+        name: String,
+        wait: bool,
+    },
+    VmRestart {
+        name: String,
+        wait: bool,
+    },
+    VmKill {
+        name: String,
+        wait: bool,
+    },
     /// Replies `Console`, and then raw bytes both ways until one side closes.
-    VmConsole { name: String },
+    VmConsole {
+        name: String,
+    },
     /// Replies `Log` lines: the last `lines`, and with `follow` all that come.
-    VmLogs { name: String, source: LogSource, lines: u32, follow: bool },
+    VmLogs {
+        name: String,
+        source: LogSource,
+        lines: u32,
+        follow: bool,
+    },
     /// Replies `Plan`.
     Plan {},
     /// Replies `Event` lines: the last `last`, and with `follow` all that come.
-    Events { last: u32, follow: bool },
+    Events {
+        last: u32,
+        follow: bool,
+    },
     /// Replies `Status`.
     Status {},
 }
