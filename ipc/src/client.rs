@@ -23,10 +23,11 @@ use crate::error::Error;
 use crate::frame::{self, Call, ClientFrame, Hello, Outcome, ServerFrame};
 use crate::name::RequestId;
 use crate::operation::{Ask, Event, Reply, Request};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -98,6 +99,8 @@ struct Outgoing {
 pub struct Client {
     outgoing: mpsc::UnboundedSender<Outgoing>,
     state: watch::Receiver<State>,
+    /// Why it gave up, once it did.
+    end: Arc<OnceLock<Error>>,
 }
 
 /// The calls without an answer at one time, in all; more wait in the queue.
@@ -115,9 +118,20 @@ impl Client {
         let mut session = [0u8; 8];
         // getrandom(2) can't fail for 8 bytes once the kernel's pool is ready; a zero session is still a session.
         let _ = rustix::rand::getrandom(&mut session, rustix::rand::GetRandomFlags::empty());
-        let driver = Driver { settings, restarter, queue, state: state_in, events, session: u64::from_ne_bytes(session), serial: 0, pending: BTreeMap::new() };
+        let end = Arc::default();
+        let driver = Driver {
+            end: Arc::clone(&end),
+            settings,
+            restarter,
+            queue,
+            state: state_in,
+            events,
+            session: u64::from_ne_bytes(session),
+            serial: 0,
+            pending: BTreeMap::new(),
+        };
         tokio::spawn(driver.run());
-        (Client { outgoing, state }, events_out)
+        (Client { outgoing, state, end }, events_out)
     }
 
     /// Asks, and waits for the answer at most `within`. The file descriptors are kept until it is answered.
@@ -140,11 +154,8 @@ impl Client {
     }
 
     fn gone(&self) -> Error {
-        let detail = match &*self.state.borrow() {
-            State::GaveUp { reason } => reason.clone(),
-            other => format!("the client has ended ({other:?})"),
-        };
-        Error::Failed { step: "connect".into(), errno: None, detail }
+        let ended = || Error::Failed { step: "connect".into(), errno: None, detail: "the client has ended".into() };
+        self.end.get().cloned().unwrap_or_else(ended)
     }
 
     pub fn state(&self) -> watch::Receiver<State> {
@@ -161,6 +172,7 @@ struct Pending {
 }
 
 struct Driver {
+    end: Arc<OnceLock<Error>>,
     settings: Settings,
     restarter: Box<dyn Restarter>,
     queue: mpsc::UnboundedReceiver<Outgoing>,
@@ -204,6 +216,7 @@ impl Driver {
     }
 
     fn give_up(&mut self, error: &Error) {
+        let _ = self.end.set(error.clone());
         self.set(State::GaveUp { reason: error.to_string() });
         self.queue.close();
         for (_, pending) in std::mem::take(&mut self.pending) {
@@ -294,23 +307,25 @@ impl Driver {
         let now = Instant::now();
         let late: Vec<RequestId> = self.pending.iter().filter(|(_, p)| p.deadline <= now).map(|(id, _)| *id).collect();
         for id in late {
-            if let Some(pending) = self.pending.remove(&id) {
-                let _ = pending.answer.send(Err(Error::Timeout { step: "answer".into(), after_ms: u64::from(pending.within_ms) }));
-            }
+            let after_ms = self.pending.get(&id).map_or(0, |pending| u64::from(pending.within_ms));
+            self.settle(id, Err(Error::Timeout { step: "answer".into(), after_ms }));
         }
     }
 
-    /// Uses a connection until it ends.
+    /// Uses a connection until it ends. Sending and receiving never wait for each other: a peer that stops reading still has its answers read.
     async fn serve(&mut self, channel: &Channel, mut receiver: Receiver) -> End {
-        for pending in self.pending.values() {
-            if let Err(error) = resend(channel, pending).await {
-                return End::Lost(error.to_string());
-            }
-        }
-        let mut next_expiry: Option<Instant> = self.pending.values().map(|p| p.deadline).min();
+        // What was not answered is asked again, in the order in which it was asked first.
+        let mut to_send: VecDeque<RequestId> = self.pending.keys().copied().collect();
+        let mut later: Vec<(Instant, RequestId)> = Vec::new();
+        let mut timer = self.next_timer(&later);
         loop {
+            // What was answered meanwhile (its deadline passed) is not sent any more.
+            while to_send.front().is_some_and(|id| !self.pending.contains_key(id)) {
+                to_send.pop_front();
+            }
+            let next = to_send.front().and_then(|id| self.pending.get(id));
             let expiry = async {
-                match next_expiry {
+                match timer {
                     Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
@@ -318,22 +333,23 @@ impl Driver {
             tokio::select! {
                 biased;
                 received = channel.receive::<ServerFrame>(&mut receiver) => match received {
-                    Ok((ServerFrame::Answer(answer), fds)) => {
-                        if let Some(pending) = self.pending.remove(&answer.id) {
-                            let outcome = match answer.outcome {
+                    Ok((ServerFrame::Answer(answer), fds)) => match answer.outcome {
+                        // A limit on requests a second passes by itself: the same request goes again.
+                        Outcome::Error(Error::Exhausted { retry_after_ms: Some(wait), .. }) if self.can_wait(answer.id, wait) => {
+                            later.push((Instant::now() + Duration::from_millis(wait.into()), answer.id));
+                            timer = self.next_timer(&later);
+                        }
+                        Outcome::Error(Error::Superseded) => return End::Final(Error::Superseded),
+                        outcome => {
+                            self.settle(answer.id, match outcome {
                                 Outcome::Ok(reply) => Ok((reply, fds)),
-                                Outcome::Error(Error::Superseded) => {
-                                    let _ = pending.answer.send(Err(Error::Superseded));
-                                    return End::Final(Error::Superseded);
-                                }
                                 Outcome::Error(error) => Err(error),
-                            };
-                            let _ = pending.answer.send(outcome);
+                            });
+                            if self.pending.is_empty() {
+                                timer = None;
+                            }
                         }
-                        if self.pending.is_empty() {
-                            next_expiry = None;
-                        }
-                    }
+                    },
                     Ok((ServerFrame::Event(Event::SessionSuperseded {}), _)) => {
                         let _ = self.events.send(Event::SessionSuperseded {});
                         return End::Final(Error::Superseded);
@@ -346,23 +362,40 @@ impl Driver {
                     Err(ReceiveError::Closed) => return End::Lost("the connection was closed".into()),
                     Err(error) => return End::Lost(error.to_string()),
                 },
+                sent = send(channel, next) => match sent {
+                    Ok(()) => { to_send.pop_front(); }
+                    Err(error) => return End::Lost(error.to_string()),
+                },
                 outgoing = self.queue.recv(), if self.pending.len() < MAX_PENDING => match outgoing {
                     None => return End::Unused,
-                    Some(outgoing) => {
-                        let Some(pending) = self.admit(outgoing) else { continue };
-                        next_expiry = Some(next_expiry.map_or(pending.1.deadline, |at| at.min(pending.1.deadline)));
-                        let sent = resend(channel, &pending.1).await;
-                        self.pending.insert(pending.0, pending.1);
-                        if let Err(error) = sent {
-                            return End::Lost(error.to_string());
-                        }
-                    }
+                    Some(outgoing) => if let Some((id, pending)) = self.admit(outgoing) {
+                        timer = Some(timer.map_or(pending.deadline, |at| at.min(pending.deadline)));
+                        self.pending.insert(id, pending);
+                        to_send.push_back(id);
+                    },
                 },
                 () = expiry => {
                     self.expire();
-                    next_expiry = self.pending.values().map(|p| p.deadline).min();
+                    let now = Instant::now();
+                    let due = later.extract_if(.., |(at, _)| *at <= now);
+                    to_send.extend(due.map(|(_, id)| id));
+                    timer = self.next_timer(&later);
                 }
             }
+        }
+    }
+
+    fn next_timer(&self, later: &[(Instant, RequestId)]) -> Option<Instant> {
+        self.pending.values().map(|pending| pending.deadline).chain(later.iter().map(|(at, _)| *at)).min()
+    }
+
+    fn can_wait(&self, id: RequestId, wait_ms: u32) -> bool {
+        self.pending.get(&id).is_some_and(|pending| pending.deadline > Instant::now() + Duration::from_millis(wait_ms.into()))
+    }
+
+    fn settle(&mut self, id: RequestId, answered: Answered) {
+        if let Some(pending) = self.pending.remove(&id) {
+            let _ = pending.answer.send(answered);
         }
     }
 
@@ -388,10 +421,12 @@ impl Driver {
     }
 }
 
-async fn resend(channel: &Channel, pending: &Pending) -> std::io::Result<()> {
-    if pending.fds.is_empty() {
-        return channel.send_encoded(&pending.frame, &[]).await;
-    }
+/// Sends a call; with none to send, waits for ever.
+async fn send(channel: &Channel, next: Option<&Pending>) -> std::io::Result<()> {
+    let Some(pending) = next else { return std::future::pending().await };
     let fds: Vec<_> = pending.fds.iter().map(AsFd::as_fd).collect();
     channel.send_encoded(&pending.frame, &fds).await
 }
+
+#[cfg(test)]
+mod tests;
