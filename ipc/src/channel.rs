@@ -95,9 +95,19 @@ impl Channel {
         self.send_encoded(&bytes, fds).await.map_err(|error| Error::io("send", &error))
     }
 
-    /// Receives one frame. Descriptors that come with a frame that is refused are closed.
+    /// Receives one frame from a peer that nothing is believed of. Descriptors that come with a frame that is refused are closed.
     pub async fn receive<T: DeserializeOwned + Serialize>(&self, with: &mut Receiver) -> Result<(T, Vec<OwnedFd>), ReceiveError> {
-        let buffer = &mut with.bytes;
+        let (length, fds) = self.receive_bytes(&mut with.bytes).await?;
+        Ok((frame::decode(&with.bytes[..length], &mut with.scratch)?, fds))
+    }
+
+    /// Receives one frame of the supervisor's; see [`frame::decode_from_root`].
+    pub async fn receive_from_root<T: DeserializeOwned>(&self, with: &mut Receiver) -> Result<(T, Vec<OwnedFd>), ReceiveError> {
+        let (length, fds) = self.receive_bytes(&mut with.bytes).await?;
+        Ok((frame::decode_from_root(&with.bytes[..length])?, fds))
+    }
+
+    async fn receive_bytes(&self, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), ReceiveError> {
         let receive = || {
             let mut fds = Vec::new();
             let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -125,8 +135,7 @@ impl Channel {
         if length == 0 {
             return Err(ReceiveError::Closed);
         }
-        let value = frame::decode(&with.bytes[..length], &mut with.scratch)?;
-        Ok((value, fds))
+        Ok((length, fds))
     }
 }
 

@@ -285,7 +285,7 @@ impl Driver {
         let mut receiver = Receiver::default();
         let greet = async {
             channel.send(&ClientFrame::Hello(Hello::ours()), &[]).await.map_err(|e| lost("hello", &e))?;
-            channel.receive::<ServerFrame>(&mut receiver).await.map_err(|e| lost("hello", &e))
+            channel.receive_from_root::<ServerFrame>(&mut receiver).await.map_err(|e| lost("hello", &e))
         };
         let (frame, _) = tokio::time::timeout(self.settings.handshake, greet)
             .await
@@ -317,38 +317,26 @@ impl Driver {
         // What was not answered is asked again, in the order in which it was asked first.
         let mut to_send: VecDeque<RequestId> = self.pending.keys().copied().collect();
         let mut later: Vec<(Instant, RequestId)> = Vec::new();
-        let mut timer = self.next_timer(&later);
+        // Armed when something is due before it fires, and not touched otherwise: a call that is answered in time costs no timer.
+        let mut timer = std::pin::pin!(tokio::time::sleep_until(self.next_timer(&later)));
         loop {
             // What was answered meanwhile (its deadline passed) is not sent any more.
             while to_send.front().is_some_and(|id| !self.pending.contains_key(id)) {
                 to_send.pop_front();
             }
             let next = to_send.front().and_then(|id| self.pending.get(id));
-            let expiry = async {
-                match timer {
-                    Some(at) => tokio::time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 biased;
-                received = channel.receive::<ServerFrame>(&mut receiver) => match received {
+                received = channel.receive_from_root::<ServerFrame>(&mut receiver) => match received {
                     Ok((ServerFrame::Answer(answer), fds)) => match answer.outcome {
                         // A limit on requests a second passes by itself: the same request goes again.
                         Outcome::Error(Error::Exhausted { retry_after_ms: Some(wait), .. }) if self.can_wait(answer.id, wait) => {
                             later.push((Instant::now() + Duration::from_millis(wait.into()), answer.id));
-                            timer = self.next_timer(&later);
+                            timer.as_mut().reset(self.next_timer(&later));
                         }
                         Outcome::Error(Error::Superseded) => return End::Final(Error::Superseded),
-                        outcome => {
-                            self.settle(answer.id, match outcome {
-                                Outcome::Ok(reply) => Ok((reply, fds)),
-                                Outcome::Error(error) => Err(error),
-                            });
-                            if self.pending.is_empty() {
-                                timer = None;
-                            }
-                        }
+                        Outcome::Ok(reply) => self.settle(answer.id, Ok((reply, fds))),
+                        Outcome::Error(error) => self.settle(answer.id, Err(error)),
                     },
                     Ok((ServerFrame::Event(Event::SessionSuperseded {}), _)) => {
                         let _ = self.events.send(Event::SessionSuperseded {});
@@ -362,31 +350,35 @@ impl Driver {
                     Err(ReceiveError::Closed) => return End::Lost("the connection was closed".into()),
                     Err(error) => return End::Lost(error.to_string()),
                 },
-                sent = send(channel, next) => match sent {
+                sent = send(channel, next), if next.is_some() => match sent {
                     Ok(()) => { to_send.pop_front(); }
                     Err(error) => return End::Lost(error.to_string()),
                 },
                 outgoing = self.queue.recv(), if self.pending.len() < MAX_PENDING => match outgoing {
                     None => return End::Unused,
                     Some(outgoing) => if let Some((id, pending)) = self.admit(outgoing) {
-                        timer = Some(timer.map_or(pending.deadline, |at| at.min(pending.deadline)));
+                        if pending.deadline < timer.deadline() {
+                            timer.as_mut().reset(pending.deadline);
+                        }
                         self.pending.insert(id, pending);
                         to_send.push_back(id);
                     },
                 },
-                () = expiry => {
+                () = timer.as_mut() => {
                     self.expire();
                     let now = Instant::now();
                     let due = later.extract_if(.., |(at, _)| *at <= now);
                     to_send.extend(due.map(|(_, id)| id));
-                    timer = self.next_timer(&later);
+                    timer.as_mut().reset(self.next_timer(&later));
                 }
             }
         }
     }
 
-    fn next_timer(&self, later: &[(Instant, RequestId)]) -> Option<Instant> {
-        self.pending.values().map(|pending| pending.deadline).chain(later.iter().map(|(at, _)| *at)).min()
+    /// When something is due next; with nothing due, a day from now.
+    fn next_timer(&self, later: &[(Instant, RequestId)]) -> Instant {
+        let due = self.pending.values().map(|pending| pending.deadline).chain(later.iter().map(|(at, _)| *at)).min();
+        due.unwrap_or_else(|| Instant::now() + Duration::from_secs(86_400))
     }
 
     fn can_wait(&self, id: RequestId, wait_ms: u32) -> bool {

@@ -141,16 +141,24 @@ pub fn encode(frame: &impl Serialize, into: &mut Vec<u8>) -> Result<(), Error> {
     Ok(())
 }
 
-/// Decodes one frame and refuses every other spelling of it.
+/// Decodes one frame from a peer that nothing is believed of, and refuses every other spelling of it.
 pub fn decode<T: DeserializeOwned + Serialize>(bytes: &[u8], scratch: &mut Vec<u8>) -> Result<T, Malformed> {
+    let value = decode_from_root(bytes)?;
+    encode(&value, scratch).map_err(|error| Malformed::Undecodable(error.to_string()))?;
+    if scratch.as_slice() == bytes { Ok(value) } else { Err(Malformed::NotCanonical) }
+}
+
+/// Decodes one frame of the supervisor's: the same limits, and no second look at its spelling. What it says is acted on by nobody with more rights
+/// than its sender.
+pub fn decode_from_root<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
     if bytes.len() > MAX_FRAME {
         return Err(Malformed::TooLong);
     }
-    let mut deserializer = rmp_serde::Deserializer::from_read_ref(bytes);
+    let mut rest = bytes;
+    let mut deserializer = rmp_serde::Deserializer::new(&mut rest);
     deserializer.set_max_depth(MAX_DEPTH);
     let value = T::deserialize(&mut deserializer).map_err(|error| Malformed::Undecodable(printable(&error.to_string(), 200)))?;
-    encode(&value, scratch).map_err(|error| Malformed::Undecodable(error.to_string()))?;
-    if scratch.as_slice() == bytes { Ok(value) } else { Err(Malformed::NotCanonical) }
+    if rest.is_empty() { Ok(value) } else { Err(Malformed::NotCanonical) }
 }
 
 /// Somebody else's text, made fit for a log line: printable ASCII, at most `max` bytes.

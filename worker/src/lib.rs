@@ -16,3 +16,6 @@ pub mod state;
 pub mod supervisor;
 pub mod vm;
 pub mod vmfile;
+pub mod watch;
+pub mod worker;
+pub mod daemon;

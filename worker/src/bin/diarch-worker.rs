@@ -1,1 +1,30 @@
-fn main() {}
+//! The unprivileged half's process; see [`diarch_worker::daemon`].
+
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Decides which VMs run on this host, and keeps them running. Needs no privilege: what does, it asks of diarch-supervisor.
+#[derive(Parser)]
+#[command(name = "diarch-worker", version)]
+struct Arguments {
+    /// The settings; a missing file means the defaults.
+    #[arg(long, value_name = "FILE", default_value = diarch_worker::config::CONFIG)]
+    config: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let level = std::env::var("DIARCH_LOG").ok().and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO);
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
+    match diarch_worker::daemon::run(&arguments.config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("diarch-worker: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! What a test can't do without, and the named skip when it is not there.
+//!
+//! A missing prerequisite prints `skipped: NAME needs ...` and the test passes; with `CI=true` it fails instead. With
+//! `DIARCH_TEST_FAST=1` (`make test-fast`) everything that needs root or QEMU is skipped without a word.
+
+use std::path::PathBuf;
+
+/// A prerequisite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    Root,
+    /// `qemu-system-x86_64`.
+    Qemu,
+    /// The guest's kernel and initial RAM disk (`tests/guest/build`), named by `DIARCH_GUEST`.
+    Guest,
+    /// This kernel version or a newer one.
+    Kernel(u32, u32),
+}
+
+impl Need {
+    /// What is missing, and how to get it; `None` when it is there.
+    fn missing(self) -> Option<String> {
+        match self {
+            Need::Root => (!rustix::process::geteuid().is_root()).then(|| "root (run it with sudo)".into()),
+            Need::Qemu => qemu().is_none().then(|| "qemu-system-x86_64 (apt install qemu-system-x86)".into()),
+            Need::Guest => guest().is_none().then(|| "the test guest (run tests/guest/build and set DIARCH_GUEST to its directory)".into()),
+            Need::Kernel(major, minor) => {
+                let release = rustix::system::uname().release().to_string_lossy().into_owned();
+                (version(&release) < (major, minor)).then(|| format!("Linux {major}.{minor} (this is {release})"))
+            }
+        }
+    }
+}
+
+fn version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// QEMU's path on this machine.
+pub fn qemu() -> Option<PathBuf> {
+    ["/usr/bin", "/usr/local/bin"].iter().map(|d| PathBuf::from(d).join("qemu-system-x86_64")).find(|p| p.exists())
+}
+
+/// The directory with `vmlinuz` and `initrd.img`.
+pub fn guest() -> Option<PathBuf> {
+    let named = std::env::var_os("DIARCH_GUEST").map(PathBuf::from);
+    named.into_iter().find(|dir| dir.join("vmlinuz").exists() && dir.join("initrd.img").exists())
+}
+
+/// Whether the test goes on; see [`need!`](crate::need!).
+pub fn met(test: &str, needs: &[Need]) -> bool {
+    if std::env::var("DIARCH_TEST_FAST").is_ok_and(|v| v == "1") {
+        return false;
+    }
+    let missing: Vec<String> = needs.iter().filter_map(|n| n.missing()).collect();
+    if missing.is_empty() {
+        return true;
+    }
+    let sentence = format!("skipped: {test} needs {}", missing.join(" and "));
+    assert!(!std::env::var("CI").is_ok_and(|v| v == "true"), "{sentence}");
+    // Past the test harness's capture: a skip must be seen.
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{sentence}\n").as_bytes());
+    false
+}
+
+/// Returns from the calling test unless everything named is there: `need!(Root, Qemu)`.
+#[macro_export]
+macro_rules! need {
+    ($($need:expr),+ $(,)?) => {{
+        #[allow(unused_imports)]
+        use $crate::need::Need::{Guest, Kernel, Qemu, Root};
+        let name = std::thread::current().name().unwrap_or(module_path!()).to_owned();
+        if !$crate::need::met(&name, &[$($need),+]) {
+            return;
+        }
+    }};
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_releases_are_compared_by_their_numbers() {
+        assert!(version("6.18.44-cloud") > version("6.5.0"));
+        assert_eq!(version("6.5"), (6, 5));
+        assert_eq!(version("nonsense"), (0, 0));
+    }
+}

@@ -1,0 +1,653 @@
+//! A peer that is no worker, or no honest one: every frame that is wrong in its shape, every descriptor that is not what it should be,
+//! every user who should not be there. In each test an honest client is served afterwards, and the supervisor holds what it held before.
+
+use diarch_ipc::Error;
+use diarch_ipc::frame::{Call, ClientFrame, Hello, MAX_FDS, Outcome, ServerFrame};
+use diarch_ipc::name::{Label, RequestId, Slot};
+use diarch_ipc::operation::{Claim, Inventory, Release, Reply, Request, Signal, SignalKind, SlotState, Spawn};
+use diarch_tests::host::{Host, STRANGER, WORKER, assert_same, descriptors, rss_kib};
+use diarch_tests::need;
+use diarch_tests::stand_in::{Ask, Unit, UnitState};
+use diarch_tests::wire::{Raw, Received, User, as_user, connect, encoded, hostile_frames};
+use rustix::fs::{Mode, OFlags, open};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::time::{Duration, Instant};
+
+const SOON: Duration = Duration::from_secs(3);
+
+fn inventory() -> Request {
+    Request::HostInventory(Inventory { after: None })
+}
+
+/// What an honest worker sees; and how long it took, handshake included.
+fn honest(host: &Host) -> Duration {
+    let started = Instant::now();
+    let mut raw = host.raw();
+    match raw.ask(inventory(), &[]) {
+        Ok((Outcome::Ok(Reply::HostInventory(_)), _)) => started.elapsed(),
+        other => panic!("an honest client got {other:?}"),
+    }
+}
+
+fn borrowed(fds: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
+    fds.iter().map(AsFd::as_fd).collect()
+}
+
+/// The connection ends; a refusal may come before, and nothing else.
+fn closed(raw: &Raw, what: &str) {
+    match raw.wait_closed(SOON) {
+        Ok(frames) => {
+            let only_refusals = frames.iter().all(|f| matches!(f, ServerFrame::Refused(_)));
+            assert!(only_refusals, "{what}: before the end came {frames:?}");
+        }
+        Err(why) => panic!("{what}: {why}"),
+    }
+}
+
+// ---- frames ----
+
+#[test]
+fn every_malformed_frame_ends_its_connection_and_nothing_else() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    honest(&host);
+    let before = host.inventory();
+    let pid = host.supervisor_pid();
+    let null: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+    for (at, hostile) in hostile_frames().into_iter().enumerate() {
+        let raw = host.raw();
+        // Every third one brings descriptors along, which must not stay either.
+        let fds: Vec<BorrowedFd<'_>> = if at % 3 == 0 { vec![null.as_fd(); 1 + at % 4] } else { Vec::new() };
+        // A frame over the socket's limit is refused by the kernel already.
+        if raw.send(&hostile.bytes, &fds).is_ok() {
+            closed(&raw, &hostile.what);
+        }
+    }
+    assert_eq!(host.supervisor_pid(), pid, "it must not have died");
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn malformed_frames_before_the_hello_end_their_connection() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let before = host.inventory();
+    for hostile in hostile_frames().into_iter().step_by(11) {
+        let raw = Raw::connect_as(&host.socket(), WORKER).unwrap();
+        if raw.send(&hostile.bytes, &[]).is_ok() {
+            closed(&raw, &hostile.what);
+        }
+    }
+    // A good call, but nobody said Hello.
+    let raw = Raw::connect_as(&host.socket(), WORKER).unwrap();
+    let call = Call { id: RequestId { session: 1, serial: 1 }, deadline_ms: 1000, request: inventory() };
+    raw.send_frame(&ClientFrame::Call(call), &[]).unwrap();
+    closed(&raw, "a call before the Hello");
+    // Hello twice.
+    let raw = host.raw();
+    raw.send_frame(&ClientFrame::Hello(Hello::ours()), &[]).unwrap();
+    closed(&raw, "a second Hello");
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn ten_thousand_hostile_frames_cost_no_descriptor_and_no_memory() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    honest(&host);
+    let frames = hostile_frames();
+    let null: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+    let send = |count: usize| {
+        for hostile in frames.iter().cycle().step_by(7).take(count) {
+            let raw = Raw::new(connect(&host.socket()).unwrap());
+            if !matches!(raw.hello(), Received::Frame(..)) {
+                panic!("no Hello");
+            }
+            let fds = [null.as_fd(), null.as_fd(), null.as_fd()];
+            if raw.send(&hostile.bytes, &fds).is_ok() {
+                closed(&raw, &hostile.what);
+            }
+        }
+    };
+    as_user(WORKER, || send(500));
+    let before = host.inventory();
+    let (pid, rss) = (host.supervisor_pid(), rss_kib(host.supervisor_pid()));
+    as_user(WORKER, || send(10_000));
+    assert_eq!(host.supervisor_pid(), pid);
+    let grown = rss_kib(pid).saturating_sub(rss);
+    assert!(grown < 1024, "it grew by {grown} KiB (from {rss} KiB)");
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_wrong_number_of_descriptors_ends_the_connection() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let before = host.inventory();
+    let null: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+    for request in Request::examples() {
+        let right = request.fds_in().len();
+        for count in [0, 1, right.wrapping_sub(1), right + 1, MAX_FDS, MAX_FDS + 1, 60] {
+            if count == right || count > 60 {
+                continue;
+            }
+            let raw = host.raw();
+            let call = Call { id: RequestId { session: 1, serial: 1 }, deadline_ms: 1000, request: request.clone() };
+            raw.send_frame(&ClientFrame::Call(call), &vec![null.as_fd(); count]).unwrap();
+            closed(&raw, &format!("{} with {count} descriptors in place of {right}", request.operation().name));
+        }
+    }
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_descriptor_of_the_wrong_kind_is_refused_and_starts_nothing() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let mut raw = host.raw();
+    let Ok((Outcome::Ok(Reply::VmClaim(claimed)), _)) = raw.ask(Request::VmClaim(Claim { label: Label::new("a").unwrap() }), &[]) else { panic!("claim") };
+    let before = host.inventory();
+    let (spec, good) = host.spec("");
+    let file = host.path("files/kernel");
+    let at = |flags: OFlags| open(&file, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let (socket, _other) = diarch_ipc::channel::pair().unwrap();
+    let directory = open("/", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let bad: Vec<(&str, OwnedFd)> = vec![
+        ("an O_PATH descriptor", at(OFlags::PATH)),
+        ("a directory", directory),
+        ("the reading end of a pipe", reader),
+        ("the writing end of a pipe", writer),
+        ("a socket", socket),
+        ("a device node", null),
+        ("a file that can't be read", at(OFlags::WRONLY)),
+    ];
+    // log, console, kernel: each of them replaced by each of these.
+    for (what, wrong) in &bad {
+        for place in 0..good.len() {
+            let mut fds = borrowed(&good);
+            fds[place] = wrong.as_fd();
+            // Some may be right in some places: what is written to may not be readable.
+            let request = Request::VmSpawn(Spawn { slot: claimed.slot, spec: spec.clone() });
+            match raw.ask(request, &fds) {
+                Ok((Outcome::Error(Error::Invalid { field, reason }), _)) => assert!(!field.is_empty() && !reason.is_empty()),
+                Ok((Outcome::Error(other), _)) => panic!("{what} as fd {place}: {other:?}"),
+                Ok((Outcome::Ok(_), _)) => panic!("{what} as fd {place} was accepted"),
+                Err(_) => raw = host.raw(),
+            }
+        }
+    }
+    // A log that would overwrite itself, a kernel that could be written.
+    for (what, place, wrong) in [("a log without O_APPEND", 0, at(OFlags::WRONLY)), ("a kernel open for writing", 2, at(OFlags::RDWR))] {
+        let mut fds = borrowed(&good);
+        fds[place] = wrong.as_fd();
+        match raw.ask(Request::VmSpawn(Spawn { slot: claimed.slot, spec: spec.clone() }), &fds) {
+            Ok((Outcome::Error(Error::Invalid { .. }), _)) => {}
+            Ok(other) => panic!("{what}: {other:?}"),
+            Err(_) => raw = host.raw(),
+        }
+    }
+    assert!(host.qemus().is_empty());
+    assert_same(&before, &host);
+    let (good_again, _) = raw.ask(Request::VmSpawn(Spawn { slot: claimed.slot, spec }), &borrowed(&good)).unwrap();
+    assert!(matches!(good_again, Outcome::Ok(_)), "{good_again:?}");
+}
+
+// ---- who is there ----
+
+#[test]
+fn a_peer_with_another_uid_is_refused_also_with_the_workers_group() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let before = host.inventory();
+    let others = [
+        User { uid: STRANGER.uid, gid: WORKER.gid },
+        // Root is not the worker either.
+        User { uid: 0, gid: 0 },
+        // A VM's own user, that of an escaped QEMU.
+        User { uid: host.uid_first, gid: WORKER.gid },
+        User { uid: 65_534, gid: WORKER.gid },
+    ];
+    for user in others {
+        let raw = Raw::connect_as(&host.socket(), user).unwrap();
+        match raw.hello() {
+            Received::Frame(frame, _) => {
+                let ServerFrame::Refused(error) = *frame else { panic!("uid {}: {frame:?}", user.uid) };
+                assert!(matches!(&error, Error::Denied { grant, .. } if grant == "worker.user"), "{error:?}");
+                closed(&raw, "a refused peer");
+            }
+            Received::Closed => {}
+            Received::Silence => panic!("uid {}: neither refused nor closed", user.uid),
+        }
+        // What it sends nevertheless is not served.
+        let call = Call { id: RequestId { session: 1, serial: 1 }, deadline_ms: 1000, request: Request::VmClaim(Claim { label: Label::new("x").unwrap() }) };
+        let _ = raw.send_frame(&ClientFrame::Call(call), &[]);
+    }
+    assert!(host.ledger().is_empty());
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_client_that_is_refused_hears_why_and_does_not_restart_the_supervisor() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let starts = host.manager().unit(Unit::Supervisor).starts;
+    for _ in 0..30 {
+        let mut settings = diarch_ipc::client::Settings::new(host.socket());
+        settings.restarts = [100, 200, 400].map(Duration::from_millis).to_vec();
+        let stranger = host.session_as(User { uid: STRANGER.uid, gid: WORKER.gid }, settings);
+        let error = stranger.ask(inventory(), Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("worker.user"), "{error}");
+    }
+    assert_eq!(host.manager().unit(Unit::Supervisor).starts, starts);
+}
+
+#[test]
+fn the_right_user_outside_the_granted_unit_is_refused() {
+    need!(Root, Kernel(6, 5));
+    let mut builder = Host::builder().without_worker();
+    builder.unit = Some("diarch-worker.service".into());
+    let host = builder.start();
+    let raw = Raw::connect_as(&host.socket(), WORKER).unwrap();
+    match raw.hello() {
+        Received::Frame(frame, _) => {
+            let ServerFrame::Refused(Error::Denied { grant, reason }) = *frame else { panic!("{frame:?}") };
+            assert_eq!(grant, "worker.unit", "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    closed(&raw, "a peer in another unit");
+}
+
+#[test]
+fn a_peer_that_is_dead_when_it_is_accepted_leaves_nothing() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    honest(&host);
+    let before = host.inventory();
+    host.manager().ask(&Ask::Kill(Unit::Supervisor, nix::libc::SIGSTOP)).unwrap();
+    // A process connects, says Hello, asks, and has ended before anybody looks.
+    let socket = host.socket();
+    for _ in 0..20 {
+        let hello = encoded(&ClientFrame::Hello(Hello::ours()));
+        let request = Request::HostInventory(Inventory { after: None });
+        let call = encoded(&ClientFrame::Call(Call { id: RequestId { session: 1, serial: 1 }, deadline_ms: 1000, request }));
+        let address = rustix::net::SocketAddrUnix::new(&socket).unwrap();
+        // SAFETY: the child makes system calls on memory that was prepared before the fork, and ends.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
+                let _ = rustix::thread::set_thread_res_gid(None, rustix::process::Gid::from_raw(WORKER.gid), None);
+                let _ = rustix::thread::set_thread_res_uid(None, rustix::process::Uid::from_raw(WORKER.uid), None);
+                if let Ok(socket) = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::empty(), None) {
+                    let _ = rustix::net::connect(&socket, &address);
+                    let _ = send(&socket, &hello, SendFlags::NOSIGNAL);
+                    let _ = send(&socket, &call, SendFlags::NOSIGNAL);
+                }
+                // SAFETY: ends the child without the test harness's exit handlers.
+                unsafe { nix::libc::_exit(0) }
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                nix::sys::wait::waitpid(child, None).unwrap();
+            }
+        }
+    }
+    host.manager().ask(&Ask::Kill(Unit::Supervisor, nix::libc::SIGCONT)).unwrap();
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_hundred_silent_connections_do_not_delay_an_honest_one() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let calm = honest(&host);
+    let before = host.inventory();
+    let silent: Vec<OwnedFd> = as_user(WORKER, || (0..100).filter_map(|_| connect(&host.socket()).ok()).collect());
+    assert!(silent.len() > 50, "only {} connected", silent.len());
+    let started = Instant::now();
+    // It may be told to come again while every place is taken; it must get through nevertheless, and soon.
+    let served = loop {
+        let raw = Raw::connect_as(&host.socket(), WORKER).unwrap();
+        match raw.hello() {
+            Received::Frame(frame, _) if matches!(*frame, ServerFrame::Hello(_)) => break started.elapsed(),
+            _ => assert!(started.elapsed() < Duration::from_secs(5), "not served within 5 s"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    eprintln!("an honest client was served in {calm:?} alone and in {served:?} beside 100 silent ones");
+    assert!(served < Duration::from_secs(1), "{served:?}");
+    drop(silent);
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_peer_that_never_reads_is_dropped_and_holds_nobody_up() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    honest(&host);
+    let before = host.inventory();
+    let raw = host.raw();
+    rustix::io::ioctl_fionbio(&raw, true).unwrap();
+    // Far more questions than its socket's buffer holds answers.
+    let mut sent = 0;
+    for serial in 0..20_000 {
+        let call = Call { id: RequestId { session: 1, serial }, deadline_ms: 1000, request: inventory() };
+        match raw.send_frame(&ClientFrame::Call(call), &[]) {
+            Ok(()) => sent += 1,
+            Err(_) => break,
+        }
+    }
+    assert!(sent > 10);
+    let served = honest(&host);
+    assert!(served < Duration::from_secs(1), "{served:?}");
+    drop(raw);
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_worker_that_loops_is_told_to_slow_down_and_can_still_release() {
+    need!(Root, Kernel(6, 5));
+    let limits = "[limits]\nread_per_second = 5\nread_burst = 10\nonce_per_second = 1\nonce_burst = 3\nensure_per_second = 5\nensure_burst = 10\n";
+    let host = Host::builder().without_worker().grants(limits).start();
+    let mut raw = host.raw();
+    let mut exhausted = 0;
+    for _ in 0..50 {
+        match raw.ask(inventory(), &[]).unwrap().0 {
+            Outcome::Error(Error::Exhausted { retry_after_ms, .. }) => {
+                assert!(retry_after_ms.is_some_and(|ms| ms > 0 && ms <= 1000), "{retry_after_ms:?}");
+                exhausted += 1;
+            }
+            Outcome::Ok(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!((30..=45).contains(&exhausted), "{exhausted} of 50");
+    // Another class has its own bucket.
+    let release = Request::VmRelease(Release { slot: Slot::new(0).unwrap() });
+    assert!(matches!(raw.ask(release, &[]).unwrap().0, Outcome::Ok(_)));
+}
+
+#[test]
+fn a_table_of_another_release_gets_a_sentence() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    for other in [
+        Hello { table: "00".repeat(32), version: "9.9.9".into(), ..Hello::ours() },
+        Hello { protocol: 99, ..Hello::ours() },
+        Hello { version: "x".repeat(10_000), table: "\n\u{1b}[2J".into(), ..Hello::ours() },
+    ] {
+        let raw = Raw::connect_as(&host.socket(), WORKER).unwrap();
+        raw.send_frame(&ClientFrame::Hello(other), &[]).unwrap();
+        let frames = raw.wait_closed(SOON).unwrap();
+        let Some(ServerFrame::Refused(error)) = frames.last() else { panic!("{frames:?}") };
+        assert!(error.to_string().contains("restart both from the same release"), "{error}");
+    }
+    let log = host.log("supervisor.log");
+    assert!(!log.contains('\u{1b}'), "an escape byte of the peer's is in the log");
+    honest(&host);
+}
+
+// ---- another's slot, ids that are no paths ----
+
+#[test]
+fn a_slot_that_nobody_claimed_answers_not_found_for_every_operation() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let before = host.inventory();
+    let mut raw = host.raw();
+    for number in [0u64, 15, 16, 4095] {
+        let slot = Slot::new(number).unwrap();
+        let (spec, fds) = host.spec("");
+        for (request, fds) in [
+            (Request::VmSpawn(Spawn { slot, spec }), fds),
+            (Request::VmSignal(Signal { slot, signal: SignalKind::Kill }), Vec::new()),
+            (Request::VmAttach(diarch_ipc::operation::Attach { slot }), Vec::new()),
+            (Request::VmConsole(diarch_ipc::operation::Console { slot }), Vec::new()),
+        ] {
+            let name = request.operation().name;
+            match raw.ask(request, &borrowed(&fds)).unwrap().0 {
+                Outcome::Error(Error::NotFound { .. }) => {}
+                other => panic!("{name} on slot {number}: {other:?}"),
+            }
+        }
+    }
+    drop(raw);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn no_more_slots_than_granted_are_given() {
+    need!(Root, Kernel(6, 5));
+    let mut builder = Host::builder().without_worker();
+    builder.vms_max = 3;
+    let host = builder.start();
+    let session = host.session();
+    let slots: Vec<_> = ["a", "b", "c"].map(|label| session.claim(label).slot).to_vec();
+    let uids: std::collections::BTreeSet<u32> = session.inventory().vms.iter().map(|vm| vm.uid).collect();
+    assert_eq!(uids.len(), 3, "every slot has a user of its own");
+    let label = Label::new("one-too-many").unwrap();
+    match session.ask(Request::VmClaim(Claim { label }), Vec::new()) {
+        Err(Error::Exhausted { limit: 3, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    session.release(slots[1]);
+    assert_eq!(session.claim("again").slot, slots[1]);
+}
+
+// ---- a QEMU that is hostile, or useless ----
+
+#[test]
+fn a_qemu_runs_as_its_own_user_without_any_privilege_and_without_our_descriptors() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let session = host.session();
+    let claimed = session.claim("jail");
+    let (spawned, _) = session.spawn(&host, claimed.slot, "");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", spawned.pid)).unwrap();
+    let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or_default().trim().to_owned();
+    let all_four = |id: u32| format!("{id}\t{id}\t{id}\t{id}");
+    assert_eq!((field("Uid:"), field("Gid:")), (all_four(claimed.uid), all_four(claimed.uid)));
+    assert_eq!(field("Groups:"), "");
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+        assert_eq!(u64::from_str_radix(&field(set), 16), Ok(0), "{set}");
+    }
+    assert_eq!(field("NoNewPrivs:"), "1");
+    let fds = descriptors(spawned.pid.cast_signed());
+    for ours in fds.keys() {
+        let wanted = ["/dev/null", "socket", "anon_inode"].iter().any(|w| ours.starts_with(w)) || ours.starts_with(host.path("").to_str().unwrap());
+        assert!(wanted && !ours.contains("grants") && !ours.contains("audit") && !ours.contains("record"), "it holds {ours}: {fds:?}");
+    }
+    let environment = std::fs::read(format!("/proc/{}/environ", spawned.pid)).unwrap();
+    assert!(environment.len() < 64, "{}", String::from_utf8_lossy(&environment));
+    // It can't be asked for anything by the worker's user, and the worker can't signal it.
+    let refused =
+        as_user(WORKER, || rustix::process::kill_process(rustix::process::Pid::from_raw(spawned.pid.cast_signed()).unwrap(), rustix::process::Signal::KILL));
+    assert_eq!(refused, Err(rustix::io::Errno::PERM));
+}
+
+#[test]
+fn an_escaped_qemu_reaches_neither_the_supervisor_nor_another_vms_files() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let session = host.session();
+    let (one, two) = (session.claim("one"), session.claim("two"));
+    session.spawn(&host, one.slot, "");
+    session.spawn(&host, two.slot, "");
+    let escaped = User { uid: two.uid, gid: two.uid };
+    let refused = as_user(escaped, || connect(&host.socket()).map(drop)).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::PermissionDenied);
+    let own = host.path("run/vm").join(one.slot.to_string());
+    as_user(escaped, || {
+        for entry in std::fs::read_dir(&own).into_iter().flatten().flatten() {
+            let path = entry.path();
+            assert!(std::fs::File::open(&path).is_err(), "{} can be read", path.display());
+            assert!(std::os::unix::net::UnixStream::connect(&path).is_err(), "{} can be connected to", path.display());
+        }
+        assert!(std::fs::write(own.join("x"), "").is_err());
+        assert!(std::fs::write(host.path("run/x"), "").is_err());
+        assert!(std::fs::read(host.path("audit/audit.jsonl")).is_err(), "the audit can be read by a VM");
+    });
+    // The worker is not root either: records and monitors are reached through the contract only.
+    as_user(WORKER, || {
+        assert!(std::fs::write(own.join("record.json"), "{}").is_err());
+        for entry in std::fs::read_dir(&own).into_iter().flatten().flatten() {
+            assert!(std::os::unix::net::UnixStream::connect(entry.path()).is_err(), "{}", entry.path().display());
+        }
+    });
+}
+
+#[test]
+fn a_squatter_on_the_socket_is_not_talked_to() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let squat = host.path("worker/squat.sock");
+    let listener = as_user(WORKER, || {
+        use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        bind(&socket, &SocketAddrUnix::new(&squat).unwrap()).unwrap();
+        listen(&socket, 8).unwrap();
+        socket
+    });
+    let session = host.session_as(WORKER, diarch_ipc::client::Settings::new(&squat));
+    let error = session.ask(inventory(), Vec::new()).unwrap_err();
+    assert!(error.to_string().contains(&format!("served by uid {}", WORKER.uid)), "{error}");
+    // Not one byte was said to it.
+    let accepted = rustix::net::accept(&listener).unwrap();
+    drop(session);
+    let mut buffer = [0u8; 64];
+    assert_eq!(rustix::io::read(&accepted, &mut buffer).unwrap_or(0), 0);
+}
+
+#[test]
+fn an_argument_can_not_open_a_second_option() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let session = host.session();
+    let claimed = session.claim("inject");
+    let words = r#"quiet,readonly=off -monitor tcp:0.0.0.0:1 "},{"x": ' $(id) ;%s"#;
+    let (spawned, _) = session.spawn(&host, claimed.slot, words);
+    let raw = std::fs::read(format!("/proc/{}/cmdline", spawned.pid)).unwrap();
+    let argv: Vec<&str> = raw.split(|b| *b == 0).map(|a| std::str::from_utf8(a).unwrap()).collect();
+    let append = argv.iter().position(|a| *a == "-append").expect("-append");
+    assert_eq!(argv[append + 1], words);
+    for must in ["-nodefaults", "-no-user-config", "-sandbox"] {
+        assert!(argv.contains(&must), "{must} is missing: {argv:?}");
+    }
+    assert!(!argv.contains(&"-monitor"));
+}
+
+#[test]
+fn a_qemu_that_exits_at_once_is_told_with_its_status() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let session = host.session();
+    let claimed = session.claim("short");
+    let before = host.inventory();
+    let (spec, fds) = host.spec("stub.say=there+is+no+such+machine stub.exit=3");
+    // Either its exec is reported and its end comes as an event, or its end is already the answer.
+    match session.ask(Request::VmSpawn(Spawn { slot: claimed.slot, spec }), fds) {
+        Ok(_) => {
+            let event = session.event(Duration::from_secs(2)).expect("an event");
+            assert!(format!("{event:?}").contains("Code(3)"), "{event:?}");
+            let record = session.record(claimed.slot).unwrap();
+            assert_eq!(record.state, SlotState::Exited);
+        }
+        Err(error) => panic!("{error}"),
+    }
+    assert!(std::fs::read_to_string(host.path("log/test-qemu.log")).unwrap().contains("there is no such machine"));
+    session.release(claimed.slot);
+    session.claim("short");
+    let _ = before;
+}
+
+// ---- root's own files ----
+
+#[test]
+fn a_grants_file_that_others_can_write_stops_the_supervisor_with_a_sentence() {
+    need!(Root, Kernel(6, 5));
+    let mut builder = Host::builder().without_worker();
+    builder.grants_mode = 0o666;
+    builder.start_limit = diarch_tests::stand_in::StartLimit { count: 2, within_ms: 10_000 };
+    let host = builder.prepare();
+    let until = Instant::now() + Duration::from_secs(10);
+    while host.manager().unit(Unit::Supervisor).state != UnitState::Failed {
+        assert!(Instant::now() < until, "{:?}", host.manager().unit(Unit::Supervisor));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let log = host.log("supervisor.log");
+    assert!(log.contains("written by others") && log.contains("chmod go-w"), "{log}");
+
+    // And one that belongs to somebody else.
+    std::fs::set_permissions(host.path("grants.toml"), std::fs::Permissions::from_mode(0o644)).unwrap();
+    chown(host.path("grants.toml"), Some(STRANGER.uid), None).unwrap();
+    host.manager().ask(&Ask::Start(Unit::Supervisor)).unwrap_err();
+    assert!(host.log("supervisor.log").contains(&format!("belongs to uid {}", STRANGER.uid)), "{}", host.log("supervisor.log"));
+
+    // Put right, it starts.
+    chown(host.path("grants.toml"), Some(0), None).unwrap();
+    host.manager().ask(&Ask::Start(Unit::Supervisor)).unwrap();
+    honest(&host);
+}
+
+#[test]
+fn a_full_disk_under_the_audit_closes_grants_and_leaves_release_and_kill_open() {
+    need!(Root, Kernel(6, 5));
+    let mut builder = Host::builder().without_worker();
+    builder.audit_tmpfs_kib = Some(64);
+    builder.grants_more = "[limits]\nread_per_second = 100000\nread_burst = 100000\n".into();
+    let host = builder.start();
+    let session = host.session();
+    let (running, claimed) = (session.claim("running"), session.claim("claimed"));
+    let (spawned, _) = session.spawn(&host, running.slot, "");
+    // Requests are audited: their own records fill the disk.
+    let mut trouble = None;
+    for _ in 0..5_000 {
+        trouble = session.inventory().audit.trouble;
+        if trouble.is_some() {
+            break;
+        }
+    }
+    let trouble = trouble.expect("64 KiB were not full after 5,000 requests");
+    assert!(trouble.to_lowercase().contains("space") || trouble.contains("ENOSPC"), "{trouble}");
+    let lost = session.inventory().audit.lost;
+
+    let label = Label::new("more").unwrap();
+    let refused = session.ask(Request::VmClaim(Claim { label }), Vec::new()).unwrap_err();
+    assert!(refused.to_string().contains("audit"), "{refused}");
+    let (spec, fds) = host.spec("");
+    let refused = session.ask(Request::VmSpawn(Spawn { slot: claimed.slot, spec }), fds).unwrap_err();
+    assert!(refused.to_string().contains("audit"), "{refused}");
+    assert_eq!(host.qemus(), [spawned.pid.cast_signed()]);
+
+    // What takes back goes on, and is counted.
+    session.ask(Request::VmSignal(Signal { slot: running.slot, signal: SignalKind::Kill }), Vec::new()).unwrap();
+    assert!(session.release(running.slot).existed);
+    assert!(session.release(claimed.slot).existed);
+    assert!(host.qemus().is_empty() && host.ledger().is_empty());
+    assert!(session.inventory().audit.lost > lost, "{:?}", session.inventory().audit);
+
+    // With room again, grants open again, and the file tells of the gap.
+    let audit = host.inside("audit/audit.jsonl");
+    let text = std::fs::read_to_string(&audit).unwrap();
+    assert!(text.lines().count() > 10);
+    let grown = std::process::Command::new("nsenter")
+        .args(["-t", &host.manager().pid().to_string(), "-m", "mount", "-o", "remount,size=1m"])
+        .arg(host.path("audit"))
+        .status()
+        .unwrap();
+    assert!(grown.success());
+    session.claim("again");
+    assert_eq!(session.inventory().audit.trouble, None);
+    let text = std::fs::read_to_string(&audit).unwrap();
+    assert!(text.contains("lost"), "the gap is not told: {}", text.lines().rev().take(5).collect::<Vec<_>>().join("\n"));
+}

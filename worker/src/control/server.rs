@@ -1,0 +1,197 @@
+//! The worker's end of the control socket.
+//!
+//! ```text
+//!   bind NAME.new.PID (nobody but us can connect) -> chmod 0660, chgrp operators -> rename over NAME
+//!   accept -> one task each, at most 64 -> one request line -> reply lines -> Done or Error
+//! ```
+//!
+//! A client that does not read or write holds only its own task, and not for ever.
+
+use super::protocol::{Failure, FailureKind, MAX_LINE, PlanStep, PlanView, Reply, Request};
+use super::{console, follow, orders, view};
+use crate::worker::{Order, Worker, failure};
+use nix::unistd::{Gid, Group};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+/// People and their scripts; a further one waits in the backlog.
+const MAX_CONNECTIONS: usize = 64;
+/// For the request line.
+const ASK_WITHIN: Duration = Duration::from_secs(5);
+/// For a client to take a reply line when its socket's buffer is full.
+const TAKE_WITHIN: Duration = Duration::from_secs(30);
+
+/// Listens in the place of whatever listened there before.
+pub fn listen(socket: &Path, operators: Option<&str>) -> io::Result<UnixListener> {
+    let mut beside = socket.as_os_str().to_owned();
+    beside.push(format!(".new.{}", std::process::id()));
+    let beside = Path::new(&beside);
+    match std::fs::remove_file(beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // With the umask 0027 that the worker sets, only its own user can connect until the mode is set.
+    let listener = UnixListener::bind(beside)?;
+    let ready = || {
+        if let Some(operators) = operators {
+            nix::unistd::chown(beside, None, Some(group(operators)?)).map_err(|error| {
+                io::Error::other(format!("the socket can't be given to the group {operators} ({error}); the worker's user must be a member of it"))
+            })?;
+        }
+        std::fs::set_permissions(beside, std::fs::Permissions::from_mode(0o660))?;
+        std::fs::rename(beside, socket)
+    };
+    ready().inspect_err(|_| {
+        let _ = std::fs::remove_file(beside);
+    })?;
+    Ok(listener)
+}
+
+fn group(name: &str) -> io::Result<Gid> {
+    if let Ok(gid) = name.parse() {
+        return Ok(Gid::from_raw(gid));
+    }
+    match Group::from_name(name)? {
+        Some(group) => Ok(group.gid),
+        None => Err(io::Error::new(io::ErrorKind::NotFound, format!("there is no group {name}"))),
+    }
+}
+
+/// Serves for ever.
+pub async fn serve(listener: UnixListener, worker: Arc<Worker>) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let consoles = Arc::new(console::Holders::default());
+    loop {
+        // Closed never.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (worker, consoles) = (Arc::clone(&worker), Arc::clone(&consoles));
+                tokio::spawn(async move {
+                    // What fails here is the client's connection: it knows.
+                    let _ = answer(stream, &worker, &consoles).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                // Out of descriptors, say: trying again at once would spin.
+                tracing::warn!(%error, "a control connection can't be accepted");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+/// The client's two directions.
+pub struct Client {
+    pub read: OwnedReadHalf,
+    pub write: OwnedWriteHalf,
+    /// What came after the request line.
+    pub rest: Vec<u8>,
+    /// For people: `uid 1000`.
+    pub who: String,
+}
+
+impl Client {
+    pub async fn reply(&mut self, reply: &Reply) -> io::Result<()> {
+        let mut line = serde_json::to_vec(reply)?;
+        line.push(b'\n');
+        match timeout(TAKE_WITHIN, self.write.write_all(&line)).await {
+            Ok(written) => written,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    pub async fn refuse(&mut self, failure: Failure) -> io::Result<()> {
+        self.reply(&Reply::Error(failure)).await
+    }
+
+    /// Until the client has gone. (It has nothing more to say after its request.)
+    pub async fn gone(read: &mut OwnedReadHalf) {
+        let mut byte = [0];
+        while matches!(read.read(&mut byte).await, Ok(1..)) {}
+    }
+}
+
+async fn answer(stream: UnixStream, worker: &Arc<Worker>, consoles: &console::Holders) -> io::Result<()> {
+    let who = format!("uid {}", stream.peer_cred()?.uid());
+    let (read, write) = stream.into_split();
+    let mut client = Client { read, write, rest: Vec::new(), who };
+    let line = match timeout(ASK_WITHIN, request_line(&mut client)).await {
+        Ok(Ok(line)) => line,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => return client.refuse(failure(FailureKind::Usage, error.to_string())).await,
+        Ok(Err(error)) => return Err(error),
+        Err(_) => return client.refuse(failure(FailureKind::Usage, format!("no request within {} s", ASK_WITHIN.as_secs()))).await,
+    };
+    let request: Request = match crate::json::parse(&line) {
+        Ok(request) => request,
+        Err(error) => {
+            let message = format!("the worker does not understand this request ({}: {}); are both of the same release?", error.path, error.reason);
+            return client.refuse(failure(FailureKind::Usage, message)).await;
+        }
+    };
+    match dispatch(request, &mut client, worker, consoles).await? {
+        Ok(()) => client.reply(&Reply::Done {}).await,
+        Err(failure) => client.refuse(failure).await,
+    }
+}
+
+/// A request is answered, or fails for a reason that is told; the outer error is a client that went away.
+pub type Answered = io::Result<Result<(), Failure>>;
+
+async fn dispatch(request: Request, client: &mut Client, worker: &Arc<Worker>, consoles: &console::Holders) -> Answered {
+    match request {
+        Request::VmList {} => {
+            let vms = worker.shown().into_iter().map(view::vm).collect();
+            client.reply(&Reply::Vms(vms)).await.map(Ok)
+        }
+        Request::VmShow { name } => match worker.show(&name) {
+            Ok(shown) => client.reply(&Reply::Vm(Box::new(view::vm(shown)))).await.map(Ok),
+            Err(failure) => Ok(Err(failure)),
+        },
+        Request::VmStart { name, wait } => orders::carry_out(client, worker, Order::Start, &name, wait).await,
+        Request::VmStop { name, wait } => orders::carry_out(client, worker, Order::Stop, &name, wait).await,
+        Request::VmRestart { name, wait } => orders::carry_out(client, worker, Order::Restart, &name, wait).await,
+        Request::VmKill { name, wait } => orders::carry_out(client, worker, Order::Kill, &name, wait).await,
+        Request::VmConsole { name } => console::proxy(client, worker, consoles, &name).await,
+        Request::VmLogs { name, source, lines, follow } => follow::logs(client, worker, &name, source, lines, follow).await,
+        Request::Plan {} => {
+            let (steps, problems) = worker.plan().await;
+            let steps = steps.into_iter().map(|step| PlanStep { name: step.name, action: step.action.as_str().into(), reasons: step.reasons }).collect();
+            client.reply(&Reply::Plan(PlanView { steps, problems })).await.map(Ok)
+        }
+        Request::Events { last, follow } => follow::events(client, worker, last, follow).await,
+        Request::Status {} => {
+            let status = view::status(worker).await;
+            client.reply(&Reply::Status(Box::new(status))).await.map(Ok)
+        }
+    }
+}
+
+async fn request_line(client: &mut Client) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    loop {
+        let mut chunk = [0u8; 1024];
+        let got = client.read.read(&mut chunk).await?;
+        if got == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if let Some(end) = chunk[..got].iter().position(|b| *b == b'\n') {
+            line.extend_from_slice(&chunk[..end]);
+            client.rest = chunk[end + 1..got].to_vec();
+            return Ok(line);
+        }
+        line.extend_from_slice(&chunk[..got]);
+        if line.len() > MAX_LINE {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a request line is at most {MAX_LINE} bytes")));
+        }
+    }
+}

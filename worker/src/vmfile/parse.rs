@@ -1,0 +1,361 @@
+//! One VM file.
+
+use super::{Accel, Desired, DiskFile, Health, Machine, Probe, RestartPolicy};
+use crate::control::protocol::FileProblem;
+use crate::json;
+use diarch_ipc::name::{CommandLine, Cpus, Forward, IpText, Label, Mac, MiB, Port, Protocol, QemuName};
+use diarch_ipc::spec::{DiskAccess, DiskFormat, Egress, MAX_FORWARDS};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use std::path::PathBuf;
+use std::time::Duration;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Raw {
+    name: Label,
+    #[serde(default = "yes")]
+    enabled: bool,
+    qemu_configuration: RawQemu,
+    image: RawImage,
+    #[serde(default)]
+    network: RawNetwork,
+    health: Option<RawHealth>,
+    #[serde(default)]
+    restart: RawRestart,
+    /// The watchdog's object for its releases; accepted, so that its files can be read, and not used yet.
+    run_configuration: Option<serde_json::Map<String, serde_json::Value>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawQemu {
+    cores: Cpus,
+    mem_gb: Option<u64>,
+    mem_mb: Option<u64>,
+    #[serde(default = "auto")]
+    accel: Accel,
+    qemu: Option<QemuName>,
+    mac_address: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawImage {
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    cmdline: Option<CommandLine>,
+    firmware: Option<PathBuf>,
+    disk: Option<PathBuf>,
+    disk_format: Option<DiskFormat>,
+    disk_access: Option<DiskAccess>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct RawNetwork {
+    forwards: Vec<RawForward>,
+    egress: Option<Egress>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawForward {
+    #[serde(default = "tcp")]
+    protocol: Protocol,
+    #[serde(default = "loopback")]
+    host_address: IpText,
+    host_port: Port,
+    guest_port: Port,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHealth {
+    http: Option<RawHttp>,
+    tcp: Option<RawTcp>,
+    qmp: Option<RawQmp>,
+    interval_s: Option<u64>,
+    timeout_s: Option<u64>,
+    failures: Option<u32>,
+    start_grace_s: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHttp {
+    host_port: Port,
+    #[serde(default = "slash")]
+    path: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTcp {
+    host_port: Port,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawQmp {}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct RawRestart {
+    policy: Option<RestartPolicy>,
+}
+
+fn yes() -> bool {
+    true
+}
+fn auto() -> Accel {
+    Accel::Auto
+}
+fn tcp() -> Protocol {
+    Protocol::Tcp
+}
+fn slash() -> String {
+    "/".into()
+}
+fn loopback() -> IpText {
+    IpText(std::net::Ipv4Addr::LOCALHOST.into())
+}
+
+/// A day: a longer probe interval or grace is a slip of the keyboard.
+const LONGEST_S: u64 = 86_400;
+
+/// Collects all that is wrong with one file.
+struct Problems<'a> {
+    file: &'a str,
+    found: Vec<FileProblem>,
+}
+
+impl Problems<'_> {
+    fn add(&mut self, path: &str, reason: impl std::fmt::Display) {
+        self.found.push(FileProblem { file: self.file.to_owned(), path: path.to_owned(), line: None, reason: reason.to_string() });
+    }
+    fn ok<T, E: std::fmt::Display>(&mut self, path: &str, value: Result<T, E>) -> Option<T> {
+        value.map_err(|error| self.add(path, error)).ok()
+    }
+    fn seconds(&mut self, path: &str, value: Option<u64>, default: u64, least: u64) -> Duration {
+        let value = value.unwrap_or(default);
+        if !(least..=LONGEST_S).contains(&value) {
+            self.add(path, format!("must be from {least} to {LONGEST_S} seconds, and is {value}"));
+        }
+        Duration::from_secs(value)
+    }
+    fn absolute(&mut self, path: &str, value: &Option<PathBuf>) {
+        if let Some(value) = value {
+            if !value.is_absolute() {
+                self.add(path, "an absolute path is needed");
+            } else if value.to_str().is_none_or(|text| text.contains('\0')) {
+                self.add(path, "a path holds no NUL byte");
+            }
+        }
+    }
+}
+
+/// Reads the contents of the file named `file`; gives all that is wrong with it otherwise.
+pub fn parse(file: &str, bytes: &[u8]) -> Result<Desired, Vec<FileProblem>> {
+    let raw: Raw = json::parse(bytes).map_err(|error| vec![FileProblem { file: file.to_owned(), path: error.path, line: error.line, reason: error.reason }])?;
+    let mut problems = Problems { file, found: Vec::new() };
+    let memory = memory(&raw.qemu_configuration, &mut problems);
+    let mac = match raw.qemu_configuration.mac_address {
+        None => stable_mac(&raw.name),
+        // Upper case is as common in such files, and means the same.
+        Some(text) => Mac::new(text.to_ascii_lowercase()),
+    };
+    let mac = problems.ok("$.qemu_configuration.mac_address", mac);
+    let command_line = raw.image.cmdline.clone().map_or_else(|| CommandLine::new(""), Ok);
+    let command_line = problems.ok("$.image.cmdline", command_line);
+    let qemu = problems.ok("$.qemu_configuration.qemu", raw.qemu_configuration.qemu.map_or_else(|| QemuName::new("default"), Ok));
+    image(&raw.image, &mut problems);
+    if raw.network.forwards.len() > MAX_FORWARDS {
+        problems.add("$.network.forwards", format!("at most {MAX_FORWARDS} forwards are possible"));
+    }
+    let forwards: Vec<Forward> = raw
+        .network
+        .forwards
+        .iter()
+        .map(|f| Forward { protocol: f.protocol, host_address: f.host_address, host_port: f.host_port, guest_port: f.guest_port })
+        .collect();
+    let health = raw.health.and_then(|health| health_of(health, &mut problems));
+    let (true, Some(memory), Some(mac), Some(command_line), Some(qemu)) = (problems.found.is_empty(), memory, mac, command_line, qemu) else {
+        return Err(problems.found);
+    };
+    let disks = raw.image.disk.map(|path| DiskFile {
+        path,
+        // Never found out by looking: a guest with a raw disk could write a qcow2 header that names a file of the host.
+        format: raw.image.disk_format.unwrap_or(DiskFormat::Raw),
+        access: raw.image.disk_access.unwrap_or(DiskAccess::ReadWrite),
+    });
+    let warnings = raw.run_configuration.map(|_| "run_configuration is the watchdog's and is not used yet".to_owned());
+    Ok(Desired {
+        name: raw.name,
+        file: file.to_owned(),
+        revision: Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect(),
+        enabled: raw.enabled,
+        machine: Machine {
+            qemu,
+            accel: raw.qemu_configuration.accel,
+            cpus: raw.qemu_configuration.cores,
+            memory,
+            mac,
+            kernel: raw.image.kernel,
+            initrd: raw.image.initrd,
+            command_line,
+            firmware: raw.image.firmware,
+            disks: disks.into_iter().collect(),
+            egress: raw.network.egress.unwrap_or(Egress::Closed),
+            forwards,
+        },
+        health,
+        restart: raw.restart.policy.unwrap_or(RestartPolicy::OnFailure),
+        warnings: warnings.into_iter().collect(),
+    })
+}
+
+fn memory(qemu: &RawQemu, problems: &mut Problems<'_>) -> Option<MiB> {
+    match (qemu.mem_gb, qemu.mem_mb) {
+        (Some(gib), None) => problems.ok("$.qemu_configuration.mem_gb", MiB::new(gib.saturating_mul(1024))),
+        (None, Some(mib)) => problems.ok("$.qemu_configuration.mem_mb", MiB::new(mib)),
+        (None, None) => {
+            problems.add("$.qemu_configuration", "mem_gb or mem_mb is needed");
+            None
+        }
+        (Some(_), Some(_)) => {
+            problems.add("$.qemu_configuration.mem_mb", "mem_gb and mem_mb exclude each other");
+            None
+        }
+    }
+}
+
+fn image(image: &RawImage, problems: &mut Problems<'_>) {
+    for (path, value) in
+        [("$.image.kernel", &image.kernel), ("$.image.initrd", &image.initrd), ("$.image.firmware", &image.firmware), ("$.image.disk", &image.disk)]
+    {
+        problems.absolute(path, value);
+    }
+    if image.kernel.is_none() && image.disk.is_none() {
+        problems.add("$.image", "a kernel or a disk is needed to boot from");
+    }
+    if image.kernel.is_none() {
+        for (path, given) in [("$.image.initrd", image.initrd.is_some()), ("$.image.cmdline", image.cmdline.is_some())] {
+            if given {
+                problems.add(path, "is of use only with a kernel");
+            }
+        }
+    }
+    if image.disk.is_none() {
+        for (path, given) in [("$.image.disk_format", image.disk_format.is_some()), ("$.image.disk_access", image.disk_access.is_some())] {
+            if given {
+                problems.add(path, "is of use only with a disk");
+            }
+        }
+    }
+}
+
+fn health_of(raw: RawHealth, problems: &mut Problems<'_>) -> Option<Health> {
+    let probe = match (raw.http, raw.tcp, raw.qmp) {
+        (Some(http), None, None) => {
+            // It becomes part of an HTTP request line.
+            if !http.path.starts_with('/') || !http.path.bytes().all(|b| (0x21..0x7f).contains(&b)) || http.path.len() > 1024 {
+                problems.add("$.health.http.path", "a path starts with '/' and is printable ASCII without spaces");
+            }
+            Some(Probe::Http { host_port: http.host_port, path: http.path })
+        }
+        (None, Some(tcp), None) => Some(Probe::Tcp { host_port: tcp.host_port }),
+        (None, None, Some(RawQmp {})) => Some(Probe::Qmp),
+        _ => {
+            problems.add("$.health", "exactly one of http, tcp and qmp is needed");
+            None
+        }
+    };
+    let failures = raw.failures.unwrap_or(3);
+    if !(1..=1000).contains(&failures) {
+        problems.add("$.health.failures", "must be from 1 to 1000");
+    }
+    let interval = problems.seconds("$.health.interval_s", raw.interval_s, 10, 1);
+    let timeout = problems.seconds("$.health.timeout_s", raw.timeout_s, 2, 1);
+    let start_grace = problems.seconds("$.health.start_grace_s", raw.start_grace_s, 60, 0);
+    Some(Health { probe: probe?, interval, timeout, failures, start_grace })
+}
+
+/// The same address for the same name, for ever: QEMU's prefix, which is locally administered, and three bytes of a hash.
+fn stable_mac(name: &Label) -> Result<Mac, diarch_ipc::name::BadName> {
+    let hash = Sha256::digest(name.as_str());
+    Mac::new(format!("52:54:00:{:02x}:{:02x}:{:02x}", hash[0], hash[1], hash[2]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: &str = r#"{"name": "web", "enabled": false,
+        "qemu_configuration": {"cores": 2, "mem_gb": 1, "accel": "kvm", "qemu": "new", "mac_address": "52:54:00:AA:bb:cc"},
+        "image": {"kernel": "/k", "initrd": "/i", "cmdline": "a b", "firmware": "/f", "disk": "/d", "disk_format": "qcow2", "disk_access": "read-only"},
+        "network": {"forwards": [{"protocol": "udp", "host_address": "::1", "host_port": 1, "guest_port": 2}], "egress": "host"},
+        "health": {"http": {"host_port": 8080, "path": "/x"}, "interval_s": 1, "timeout_s": 2, "failures": 4, "start_grace_s": 5},
+        "restart": {"policy": "always"}, "run_configuration": {"debug": true}}"#;
+
+    fn wrong(text: &str) -> Vec<(String, String)> {
+        parse("x.json", text.as_bytes()).unwrap_err().into_iter().map(|p| (p.path, p.reason)).collect()
+    }
+    fn with(from: &str, to: &str) -> Vec<(String, String)> {
+        assert!(FULL.contains(from), "{from}");
+        wrong(&FULL.replace(from, to))
+    }
+
+    #[test]
+    fn every_field_is_taken() {
+        let vm = parse("web.json", FULL.as_bytes()).unwrap();
+        assert_eq!((vm.name.as_str(), vm.enabled, vm.machine.memory.get()), ("web", false, 1024));
+        assert_eq!(vm.machine.mac.as_str(), "52:54:00:aa:bb:cc");
+        assert_eq!(vm.machine.disks.len(), 1);
+        assert_eq!(vm.restart, RestartPolicy::Always);
+        assert_eq!(vm.health.unwrap().failures, 4);
+        assert!(vm.warnings[0].contains("run_configuration"));
+    }
+
+    #[test]
+    fn a_small_file_gets_the_defaults() {
+        let text = r#"{"name": "a", "qemu_configuration": {"cores": 1, "mem_mb": 256}, "image": {"disk": "/d"}, "health": {"qmp": {}}}"#;
+        let vm = parse("a.json", text.as_bytes()).unwrap();
+        assert!(vm.enabled && vm.machine.accel == Accel::Auto && vm.restart == RestartPolicy::OnFailure && vm.machine.egress == Egress::Closed);
+        assert!(vm.machine.mac.as_str().starts_with("52:54:00:"));
+        assert_eq!(vm.machine.mac, parse("b.json", text.as_bytes()).unwrap().machine.mac);
+        assert_eq!(vm.machine.disks[0].format, DiskFormat::Raw);
+        assert_eq!(vm.health.unwrap().interval, Duration::from_secs(10));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_by_its_path() {
+        for (from, to, path) in [
+            ("\"cores\": 2", "\"cores\": 0", "$.qemu_configuration.cores"),
+            ("\"cores\": 2", "\"cores\": \"2\"", "$.qemu_configuration.cores"),
+            ("\"cores\"", "\"coers\"", "$.qemu_configuration.coers"),
+            ("\"mem_gb\": 1", "\"mem_gb\": 0", "$.qemu_configuration.mem_gb"),
+            ("\"mem_gb\": 1", "\"mem_gb\": 18446744073709551615", "$.qemu_configuration.mem_gb"),
+            ("\"mem_gb\": 1,", "", "$.qemu_configuration"),
+            ("\"web\"", "\"../web\"", "$.name"),
+            ("\"/k\"", "\"k\"", "$.image.kernel"),
+            ("\"::1\"", "\"0177.1\"", "$.network.forwards[0].host_address"),
+            ("\"host_port\": 1,", "\"host_port\": 65536,", "$.network.forwards[0].host_port"),
+            ("\"/x\"", "\"/x y\"", "$.health.http.path"),
+            ("\"interval_s\": 1", "\"interval_s\": 0", "$.health.interval_s"),
+            ("\"always\"", "\"sometimes\"", "$.restart.policy"),
+            ("AA:bb", "AA", "$.qemu_configuration.mac_address"),
+            ("\"a b\"", "\"a\\nb\"", "$.image.cmdline"),
+        ] {
+            let found = with(from, to);
+            assert!(found.iter().any(|(p, _)| p == path), "{from} -> {to}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_said_at_once() {
+        let text = r#"{"name": "a", "qemu_configuration": {"cores": 1}, "image": {"initrd": "i"}, "health": {}}"#;
+        let paths: Vec<String> = wrong(text).into_iter().map(|(path, _)| path).collect();
+        assert_eq!(paths, ["$.qemu_configuration", "$.image.initrd", "$.image", "$.image.initrd", "$.health"]);
+    }
+}

@@ -1,0 +1,377 @@
+//! The worker: what should be, what is, and the tasks that bring them together.
+//!
+//! ```text
+//!   VM files --inotify--> reload --+
+//!   operators ------------ orders -+--> reconcile: plan(files, observed, holds) --steps--> intents of the VM tasks
+//!   supervisor -- inventory, back -+                    ^                                        |
+//!   VM tasks --------------- notes +                    +---------------- status ----------------+
+//! ```
+//!
+//! `reconcile` is synchronous and quick; everything slow (files, fsync, the supervisor) is awaited outside of its lock.
+
+use crate::config::Config;
+use crate::control::protocol::{Failure, FailureKind, FileProblem, Phase};
+use crate::journal::{Journal, now_ms};
+use crate::logs::Logs;
+use crate::plan::{Action, Driven, Observed, Step, plan};
+use crate::state::{HoldWhy, Holds, Store};
+use crate::supervisor::Link;
+use crate::vm::{Context, Found, Handle, Intent, Note, Status, Want};
+use crate::vmfile::{self, Desired, Files};
+use diarch_ipc::name::Label;
+use diarch_ipc::operation::VmRecord;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{mpsc, watch};
+
+pub struct Worker {
+    pub config: Config,
+    pub link: Arc<Link>,
+    pub journal: Arc<Journal>,
+    pub logs: Logs,
+    pub started_ms: u64,
+    store: Store,
+    context: Arc<Context>,
+    state: Mutex<State>,
+    /// One writer of the holds at a time, so that the newest are the last.
+    saving: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    files: Files,
+    holds: Holds,
+    vms: BTreeMap<Label, Handle>,
+    /// Nothing is done before the supervisor's first inventory: it would be done twice.
+    know_what_is: bool,
+}
+
+/// What an operator asks of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    Start,
+    Stop,
+    Restart,
+    Kill,
+}
+
+/// An order that is being carried out.
+pub struct Accepted {
+    pub name: Label,
+    pub status: watch::Receiver<Status>,
+    pub goal: Goal,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// Healthy, by a start that knew these counters of the intent.
+    Healthy { starts: u64, restarts: u64 },
+    Stopped,
+}
+
+/// A VM for the command: its file, its task, its hold.
+pub struct Shown {
+    pub name: Label,
+    pub desired: Option<Desired>,
+    pub status: Option<Status>,
+    pub held: Option<String>,
+}
+
+impl Worker {
+    pub fn new(config: Config, link: Arc<Link>, journal: Arc<Journal>, store: Store, logs: Logs) -> (Arc<Self>, mpsc::UnboundedReceiver<Note>) {
+        let (notes_in, notes) = mpsc::unbounded_channel();
+        let context = Context::new(Arc::clone(&link), Arc::clone(&journal), store.clone(), logs.clone(), notes_in);
+        let state = Mutex::new(State { holds: store.holds(), ..State::default() });
+        let started_ms = now_ms();
+        let worker = Self { config, link, journal, logs, started_ms, store, context: Arc::new(context), state, saving: tokio::sync::Mutex::new(()) };
+        (Arc::new(worker), notes)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ---- what changes the world ----
+
+    /// Reads the VM files, and does what follows from them.
+    pub async fn reload(&self) {
+        let directory = self.config.configs_dir.clone();
+        let Ok(files) = tokio::task::spawn_blocking(move || vmfile::read(&directory)).await else { return };
+        let pruned = {
+            let mut state = self.state();
+            if state.files == files {
+                return;
+            }
+            for problem in files.problems.iter().filter(|problem| !state.files.problems.contains(problem)) {
+                let at = problem.line.map_or_else(String::new, |line| format!(" (line {line})"));
+                self.journal.warn("file.problem", format!("{} {}{at}: {}", problem.file, problem.path, problem.reason));
+            }
+            for vm in &files.vms {
+                for warning in vm.warnings.iter().filter(|_| !state.files.vms.contains(vm)) {
+                    self.journal.note(Some(&vm.name), "file.warning", format!("{}: {warning}", vm.file));
+                }
+            }
+            state.files = files;
+            let revisions: BTreeMap<String, String> = state.files.vms.iter().map(|vm| (vm.name.to_string(), vm.revision.clone())).collect();
+            state.holds.prune(|name| revisions.get(name).cloned())
+        };
+        if pruned {
+            self.save_holds().await;
+        }
+        self.reconcile(Vec::new()).await;
+    }
+
+    /// What the supervisor owns and no task drives is taken into account. `Err`: the supervisor can't say.
+    pub async fn take_stock(&self) -> Result<(), diarch_ipc::Error> {
+        let records = self.link.inventory().await?;
+        let found = {
+            let mut state = self.state();
+            state.know_what_is = true;
+            records.into_iter().filter(|record| !state.vms.contains_key(&record.label)).map(|record| self.found(record)).collect()
+        };
+        self.reconcile(found).await;
+        Ok(())
+    }
+
+    /// With what it was started as, if the record speaks of this very start.
+    fn found(&self, record: VmRecord) -> Found {
+        let started = self.store.started(&record.label);
+        let started = started.filter(|started| started.slot == record.slot && record.spawned_ms == Some(started.spawned_ms));
+        let (machine, file) = started.map_or((None, None), |started| (Some(started.machine), Some(started.file)));
+        Found { record, machine, file }
+    }
+
+    /// Plans, and hands each step to its task.
+    async fn reconcile(&self, found: Vec<Found>) {
+        let held = {
+            let mut state = self.state();
+            if !state.know_what_is {
+                return;
+            }
+            let observed: Vec<Observed> = state.vms.values().map(Handle::observed).chain(found.iter().map(Found::observed)).collect();
+            let steps = plan(&state.files, &observed, &state.holds);
+            let mut found: BTreeMap<Label, Found> = found.into_iter().map(|found| (found.record.label.clone(), found)).collect();
+            let mut held = false;
+            for step in steps {
+                let found = found.remove(&step.name);
+                held |= self.take_step(&mut state, step, found);
+            }
+            held
+        };
+        if held {
+            self.save_holds().await;
+        }
+    }
+
+    /// True: a hold was made.
+    fn take_step(&self, state: &mut State, step: Step, found: Option<Found>) -> bool {
+        let Step { name, action, reasons } = step;
+        let why = reasons.join("; ");
+        let desired = state.files.vms.iter().find(|vm| vm.name == name);
+        if action != Action::Keep {
+            tracing::info!(vm = %name, action = action.as_str(), %why, "step");
+        }
+        if let Some(handle) = state.vms.get(&name) {
+            handle.intend(|intent| {
+                match &desired {
+                    Some(vm) if intent.desired.as_ref().is_none_or(|old| old.revision != vm.revision || old.file != vm.file) => {
+                        intent.desired = Some(Arc::new((*vm).clone()));
+                    }
+                    // Gone for good, where its file is not just unusable for the moment.
+                    None if action != Action::Keep => intent.desired = None,
+                    _ => {}
+                }
+                match action {
+                    Action::Start | Action::Adopt => (intent.want, intent.starts, intent.why) = (Want::Run, intent.starts + 1, why.clone()),
+                    Action::Restart => (intent.want, intent.restarts, intent.why) = (Want::Run, intent.restarts + 1, why.clone()),
+                    Action::Stop | Action::Release(_) if intent.want != Want::Kill => (intent.want, intent.why) = (Want::Stop, why.clone()),
+                    Action::Stop | Action::Release(_) | Action::Keep => {}
+                }
+            });
+        } else if action != Action::Keep || found.is_some() {
+            let want = if matches!(action, Action::Stop | Action::Release(_)) { Want::Stop } else { Want::Run };
+            let restarts = u64::from(action == Action::Restart);
+            let intent = Intent { desired: desired.map(|vm| Arc::new(vm.clone())), want, starts: 1, restarts, why: why.clone() };
+            let handle = Handle::start(Arc::clone(&self.context), name.clone(), intent, found);
+            state.vms.insert(name.clone(), handle);
+        }
+        let Action::Release(Some(hold)) = action else { return false };
+        let revision = desired.map_or_else(String::new, |vm| vm.revision.clone());
+        state.holds.hold(&name, hold, why, revision);
+        true
+    }
+
+    /// What a VM task says.
+    pub async fn take_note(&self, note: Note) {
+        match note {
+            Note::Hold(name, reason) => {
+                {
+                    let mut state = self.state();
+                    let revision = state.files.vms.iter().find(|vm| vm.name == name).map(|vm| vm.revision.clone());
+                    if let Some(revision) = revision {
+                        self.journal.note(Some(&name), "vm.held", format!("it stays off until an operator's start, a change of its file or a reboot of the host: {reason}"));
+                        state.holds.hold(&name, HoldWhy::PoweredOff, reason.clone(), revision);
+                    }
+                    if let Some(handle) = state.vms.get(&name) {
+                        handle.intend(|intent| (intent.want, intent.why) = (Want::Stop, reason));
+                    }
+                }
+                self.save_holds().await;
+            }
+            Note::AtRest(name) => {
+                {
+                    let mut state = self.state();
+                    let in_a_file = state.files.vms.iter().any(|vm| vm.name == name);
+                    if let Some(handle) = state.vms.get(&name) {
+                        let status = handle.status().borrow().clone();
+                        let intent = handle.intent();
+                        let at_rest = status.phase == Phase::Stopped && (intent.want != Want::Run || intent.starts <= status.seen_starts);
+                        if at_rest && !in_a_file {
+                            self.journal.note(Some(&name), "vm.gone", "it is stopped, and no file defines it any more");
+                            state.vms.remove(&name);
+                        } else if at_rest {
+                            // It came to rest by itself: wanting it again takes a new start.
+                            handle.intend(|intent| intent.want = Want::Stop);
+                        }
+                    }
+                }
+                self.reconcile(Vec::new()).await;
+            }
+        }
+    }
+
+    async fn save_holds(&self) {
+        let _one = self.saving.lock().await;
+        let holds = self.state().holds.clone();
+        let store = self.store.clone();
+        match tokio::task::spawn_blocking(move || store.save_holds(&holds)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                self.journal.warn("state.not-saved", format!("which VMs are held can't be saved, and is forgotten when the worker restarts: {error}"));
+            }
+            Err(error) => tracing::warn!(%error, "saving the holds failed"),
+        }
+    }
+
+    /// An operator's word. `who` is for people.
+    pub async fn order(&self, order: Order, name: &str, who: &str) -> Result<Accepted, Failure> {
+        let accepted = {
+            let mut state = self.state();
+            let name = self.known(&state, name)?;
+            if !state.know_what_is {
+                return Err(failure(FailureKind::Unreachable, "the supervisor has not been reached yet, so that nothing can be started or stopped"));
+            }
+            let desired = state.files.vms.iter().find(|vm| vm.name == name).cloned();
+            match order {
+                Order::Start | Order::Restart => {
+                    let Some(desired) = desired else {
+                        return Err(failure(FailureKind::Conflict, format!("{name} has no usable file that says what to start")));
+                    };
+                    if !desired.enabled {
+                        return Err(failure(FailureKind::Conflict, format!("{name} is disabled in {}: set \"enabled\" there", desired.file)));
+                    }
+                    self.set_going(&mut state, order, desired, who)
+                }
+                Order::Stop | Order::Kill => self.set_down(&mut state, order, &name, desired, who)?,
+            }
+        };
+        self.save_holds().await;
+        Ok(accepted)
+    }
+
+    fn set_going(&self, state: &mut State, order: Order, desired: Desired, who: &str) -> Accepted {
+        let name = desired.name.clone();
+        state.holds.release(&name);
+        let why = format!("{} by {who}", if order == Order::Start { "started" } else { "restarted" });
+        self.journal.note(Some(&name), "vm.ordered", why.clone());
+        let desired = Arc::new(desired);
+        let handle = state.vms.entry(name.clone()).or_insert_with(|| {
+            let intent = Intent { desired: Some(Arc::clone(&desired)), want: Want::Stop, starts: 0, restarts: 0, why: why.clone() };
+            Handle::start(Arc::clone(&self.context), name.clone(), intent, None)
+        });
+        handle.intend(|intent| {
+            intent.desired = Some(desired);
+            intent.want = Want::Run;
+            intent.starts += 1;
+            intent.restarts += u64::from(order == Order::Restart);
+            intent.why = why;
+        });
+        let intent = handle.intent();
+        Accepted { name, status: handle.status(), goal: Goal::Healthy { starts: intent.starts, restarts: intent.restarts } }
+    }
+
+    fn set_down(&self, state: &mut State, order: Order, name: &Label, desired: Option<Desired>, who: &str) -> Result<Accepted, Failure> {
+        let (want, word) = if order == Order::Stop { (Want::Stop, "stopped") } else { (Want::Kill, "killed") };
+        let why = format!("{word} by {who}");
+        self.journal.note(Some(name), "vm.ordered", why.clone());
+        if let Some(desired) = &desired {
+            state.holds.hold(name, HoldWhy::Operator, why.clone(), desired.revision.clone());
+        }
+        let handle = match (state.vms.get(name), desired) {
+            (Some(handle), _) => handle,
+            (None, Some(desired)) => {
+                let intent = Intent { desired: Some(Arc::new(desired)), want, starts: 0, restarts: 0, why: why.clone() };
+                let handle = Handle::start(Arc::clone(&self.context), name.clone(), intent, None);
+                state.vms.entry(name.clone()).or_insert(handle)
+            }
+            (None, None) => return Err(failure(FailureKind::NotFound, format!("there is no VM {name}"))),
+        };
+        handle.intend(|intent| (intent.want, intent.why) = (want, why));
+        Ok(Accepted { name: name.clone(), status: handle.status(), goal: Goal::Stopped })
+    }
+
+    // ---- what shows it ----
+
+    fn known(&self, state: &State, name: &str) -> Result<Label, Failure> {
+        let known = Label::new(name).ok().filter(|name| state.vms.contains_key(name) || state.files.vms.iter().any(|vm| vm.name == *name));
+        known.ok_or_else(|| {
+            let bad = match state.files.broken.as_slice() {
+                [] => String::new(),
+                broken => format!("; it may be in a file that can't be used ({}): diarch validate says why", broken.join(", ")),
+            };
+            failure(FailureKind::NotFound, format!("there is no VM {}{bad}", diarch_ipc::frame::printable(name, 80)))
+        })
+    }
+
+    /// Every VM that has a usable file or a task, in name order.
+    pub fn shown(&self) -> Vec<Shown> {
+        let state = self.state();
+        let mut shown: BTreeMap<Label, Shown> = BTreeMap::new();
+        for vm in &state.files.vms {
+            let held = state.holds.of(&vm.name, &vm.revision).map(|hold| hold.reason.clone());
+            shown.insert(vm.name.clone(), Shown { name: vm.name.clone(), desired: Some(vm.clone()), status: None, held });
+        }
+        for (name, handle) in &state.vms {
+            let entry = shown.entry(name.clone()).or_insert_with(|| Shown { name: name.clone(), desired: None, status: None, held: None });
+            entry.status = Some(handle.status().borrow().clone());
+        }
+        shown.into_values().collect()
+    }
+
+    pub fn show(&self, name: &str) -> Result<Shown, Failure> {
+        let name = self.known(&self.state(), name)?;
+        self.shown().into_iter().find(|vm| vm.name == name).ok_or_else(|| failure(FailureKind::NotFound, format!("there is no VM {name}")))
+    }
+
+    /// What would be done now, with the files as they are this moment.
+    pub async fn plan(&self) -> (Vec<Step>, Vec<FileProblem>) {
+        let directory = self.config.configs_dir.clone();
+        let files = tokio::task::spawn_blocking(move || vmfile::read(&directory)).await.unwrap_or_default();
+        let state = self.state();
+        let observed: Vec<Observed> = state.vms.values().map(Handle::observed).collect();
+        (plan(&files, &observed, &state.holds), files.problems)
+    }
+
+    pub fn problems(&self) -> Vec<FileProblem> {
+        self.state().files.problems.clone()
+    }
+
+    /// How many VM tasks there are that are to run.
+    pub fn driven(&self) -> usize {
+        self.state().vms.values().filter(|handle| handle.observed().driven == Driven::ToRun).count()
+    }
+}
+
+pub fn failure(kind: FailureKind, message: impl Into<String>) -> Failure {
+    Failure { kind, message: message.into() }
+}
