@@ -1,8 +1,10 @@
 //! A connected SEQPACKET socket that carries frames with their file descriptors.
+//!
+//! The runtime watches the socket for reading only. Watched for writing as well, it would wake the sender each time its peer takes a message off the queue
+//! (`unix_write_space` in the kernel), which costs two more context switches for each request than there is work for.
 
 use crate::error::Error;
 use crate::frame::{self, MAX_FDS, MAX_FRAME, Malformed};
-use interprocess::local_socket::tokio::{Stream, prelude::*};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg};
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -10,12 +12,19 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use tokio::io::Interest;
-use tokio::net::UnixStream;
+use tokio::io::unix::AsyncFd;
 
 /// One end of a connection. Frames go whole or not at all; both directions may be used at the same time.
 #[derive(Debug)]
 pub struct Channel {
-    stream: Stream,
+    socket: AsyncFd<OwnedFd>,
+}
+
+/// Has the runtime watch a descriptor that nobody else closes.
+// Deprecated by tokio for types whose descriptor may change or close under it; an `OwnedFd`'s can't. The successor is an `unsafe fn`.
+#[allow(deprecated)]
+fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(fd, interest)
 }
 
 /// What came instead of a frame.
@@ -54,38 +63,36 @@ impl Channel {
     /// Takes a connected SEQPACKET socket.
     pub fn from_fd(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        let stream = UnixStream::from_std(std::os::unix::net::UnixStream::from(socket))?;
-        Ok(Self { stream: Stream::UdSocket(stream.into()) })
+        Ok(Self { socket: watch(socket, Interest::READABLE)? })
     }
 
-    /// Takes what `interprocess`'s listener accepted.
-    pub fn from_stream(stream: Stream) -> Self {
-        Self { stream }
-    }
-
-    /// The effective user of the process at the other end (`SO_PEERCRED`). For a client under socket activation this is
-    /// whoever called `listen`, which is what it wants to know: who may answer on this socket.
+    /// The user of the process at the other end (`SO_PEERCRED`). For a client under socket activation this is whoever called `listen`, which is what
+    /// it wants to know: who may answer on this socket.
     pub fn peer_uid(&self) -> io::Result<u32> {
-        self.stream.peer_creds()?.euid().ok_or_else(|| io::Error::other("the kernel gave no peer credentials"))
+        let creds = nix::sys::socket::getsockopt(&self.socket.get_ref(), nix::sys::socket::sockopt::PeerCredentials)?;
+        Ok(creds.uid())
     }
 
-    fn socket(&self) -> &UnixStream {
-        let Stream::UdSocket(socket) = &self.stream;
-        socket.inner()
+    /// Sends bytes that are already encoded, if there is room for them now; `WouldBlock` if there is not.
+    pub fn try_send_encoded(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many file descriptors for one frame"));
+        }
+        // SEQPACKET is all or nothing: a short count can't happen.
+        Ok(sendmsg(self.socket.get_ref(), &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).map(drop)?)
     }
 
     /// Sends bytes that are already encoded.
     pub async fn send_encoded(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let send = || {
-            let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many file descriptors for one frame"));
-            }
-            Ok(sendmsg(self.socket(), &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
-        };
-        // SEQPACKET is all or nothing: a short count can't happen.
-        self.socket().async_io(Interest::WRITABLE, send).await.map(drop)
+        match self.try_send_encoded(bytes, fds) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            done => return done,
+        }
+        // The peer does not read: only now is it worth watching for room.
+        let room = watch(self.socket.get_ref().try_clone()?, Interest::WRITABLE)?;
+        room.async_io(Interest::WRITABLE, |_| self.try_send_encoded(bytes, fds)).await
     }
 
     /// Encodes and sends one frame.
@@ -108,11 +115,11 @@ impl Channel {
     }
 
     async fn receive_bytes(&self, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), ReceiveError> {
-        let receive = || {
+        let receive = |socket: &OwnedFd| {
             let mut fds = Vec::new();
             let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
-            let got = recvmsg(self.socket(), &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            let got = recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
             for message in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(received) = message {
                     fds.extend(received);
@@ -120,7 +127,7 @@ impl Channel {
             }
             Ok((got.bytes, got.flags, fds))
         };
-        let (length, flags, fds) = match self.socket().async_io(Interest::READABLE, receive).await {
+        let (length, flags, fds) = match self.socket.async_io(Interest::READABLE, receive).await {
             Ok(got) => got,
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(ReceiveError::Closed),
             Err(error) => return Err(error.into()),
@@ -141,7 +148,7 @@ impl Channel {
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket().as_fd()
+        self.socket.get_ref().as_fd()
     }
 }
 

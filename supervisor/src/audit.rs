@@ -15,7 +15,6 @@ use diarch_ipc::frame::printable;
 use diarch_ipc::operation::AuditState;
 use rustix::fs::{Mode, OFlags};
 use sha2::{Digest, Sha256};
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
@@ -39,7 +38,15 @@ pub struct Audit {
     lost: u64,
     /// Records lost since the last `gap` record.
     unreported: u64,
-    line: String,
+    line: Vec<u8>,
+}
+
+/// Writes a record's own fields: nothing, or `,"name":value...`.
+pub type Fields<'a> = &'a dyn Fn(&mut Vec<u8>);
+
+/// Formats onto the end of a line. Writing to memory can't fail.
+pub fn push(line: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+    let _ = line.write_fmt(text);
 }
 
 /// A record could not be written.
@@ -75,7 +82,7 @@ impl Audit {
             trouble: None,
             lost: 0,
             unreported: 0,
-            line: String::with_capacity(1024),
+            line: Vec::with_capacity(2048),
         };
         if end.torn > 0 {
             let _ = audit.append("note", &format!(",\"text\":\"an unfinished line of {} bytes was cut off\"", end.torn));
@@ -89,23 +96,24 @@ impl Audit {
 
     /// Writes one record. `fields` is JSON after `"kind"`: empty, or `,"name":value...`.
     pub fn append(&mut self, kind: &str, fields: &str) -> Result<(), AuditFault> {
-        self.append_all(&[(kind, fields)])
+        self.append_all(&[(kind, &|line| line.extend_from_slice(fields.as_bytes()))])
     }
 
-    /// Writes several records with one write: a read's intent and outcome, between which nothing happens.
-    pub fn append_all(&mut self, records: &[(&str, &str)]) -> Result<(), AuditFault> {
+    /// Writes several records with one write: a read's intent and outcome, between which nothing happens. Each writes its fields by itself, into the one
+    /// buffer that there is.
+    pub fn append_all(&mut self, records: &[(&str, Fields<'_>)]) -> Result<(), AuditFault> {
         let mut line = std::mem::take(&mut self.line);
         line.clear();
         let before = (self.sequence, self.head.clone(), self.unreported);
         if self.unreported > 0 {
-            let lost = format!(",\"lost\":{}", self.unreported);
-            self.render(&mut line, "gap", &lost);
+            let lost = self.unreported;
+            self.render(&mut line, "gap", &|line| push(line, format_args!(",\"lost\":{lost}")));
             self.unreported = 0;
         }
         for (kind, fields) in records {
-            self.render(&mut line, kind, fields);
+            self.render(&mut line, kind, *fields);
         }
-        let written = self.write(line.as_bytes());
+        let written = self.write(&line);
         self.line = line;
         match written {
             Ok(()) => {
@@ -129,14 +137,19 @@ impl Audit {
         }
     }
 
-    fn render(&mut self, line: &mut String, kind: &str, fields: &str) {
+    fn render(&mut self, line: &mut Vec<u8>, kind: &str, fields: Fields<'_>) {
         let start = line.len();
         self.sequence += 1;
-        // Writing to a String can't fail.
-        let _ = write!(line, "{{\"seq\":{},\"time_ms\":{},\"kind\":\"{kind}\"{fields},\"prev\":\"{}\"", self.sequence, now_ms(), self.head);
+        push(line, format_args!("{{\"seq\":{},\"time_ms\":{},\"kind\":\"{kind}\"", self.sequence, now_ms()));
+        fields(line);
+        line.extend_from_slice(b",\"prev\":\"");
+        line.extend_from_slice(self.head.as_bytes());
+        line.push(b'"');
         self.head.clear();
-        hex_into(&Sha256::digest(&line.as_bytes()[start..]), &mut self.head);
-        let _ = writeln!(line, ",\"hash\":\"{}\"}}", self.head);
+        hex_into(&Sha256::digest(&line[start..]), &mut self.head);
+        line.extend_from_slice(b",\"hash\":\"");
+        line.extend_from_slice(self.head.as_bytes());
+        line.extend_from_slice(b"\"}\n");
     }
 
     /// All of it or nothing: what a full disk took in part is cut off again.
@@ -225,7 +238,7 @@ mod tests {
         for _ in 0..2 {
             let mut audit = Audit::open(&path).unwrap();
             audit.append("start", "").unwrap();
-            audit.append_all(&[("intent", ",\"a\":1"), ("outcome", "")]).unwrap();
+            audit.append_all(&[("intent", &|line| push(line, format_args!(",\"a\":1"))), ("outcome", &|_| ())]).unwrap();
         }
         let all = records(&path);
         assert_eq!(all.len(), 6);

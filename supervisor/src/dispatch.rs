@@ -4,7 +4,7 @@
 //!   limits -> session still active? -> intent into the audit -> handler: vet, record, act -> outcome into the audit -> reply
 //! ```
 
-use crate::audit::quoted;
+use crate::audit::{Fields, push, quoted};
 use crate::session::Sessions;
 use crate::state::{Given, Supervisor};
 use crate::vm;
@@ -50,9 +50,9 @@ pub fn read(supervisor: &Supervisor, asker: &Asker, call: &Call) -> Given {
         return given;
     }
     // Nothing happened in between: both records go with one write. A fault is counted, and hides nothing from who asks.
-    let intent = intent(asker, row, call, false);
-    let outcome = outcome(row, call.id, &given, started);
-    let _ = supervisor.audit.borrow_mut().append_all(&[("intent", &intent), ("outcome", &outcome)]);
+    let records: [(&str, Fields<'_>); 2] =
+        [("intent", &|line| intent(line, asker, row, call, Asked::First)), ("outcome", &|line| outcome(line, row, call.id, &given, started))];
+    let _ = supervisor.audit.borrow_mut().append_all(&records);
     supervisor.sync_soon();
     given
 }
@@ -66,7 +66,7 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
     let running = supervisor.in_flight.borrow().get(&id).cloned();
     let mut result = match running {
         Some(running) => {
-            let _ = supervisor.audit.borrow_mut().append("intent", &intent(asker, row, &call, true));
+            let _ = supervisor.audit.borrow_mut().append_all(&[("intent", &|line| intent(line, asker, row, &call, Asked::Again))]);
             running
         }
         None => {
@@ -75,12 +75,13 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
             if let Err(error) = admitted {
                 let given = Err(error);
                 if !limited(&given) {
-                    let records = [("intent", &*intent(asker, row, &call, false)), ("outcome", &*outcome(row, id, &given, started))];
+                    let records: [(&str, Fields<'_>); 2] =
+                        [("intent", &|line| intent(line, asker, row, &call, Asked::First)), ("outcome", &|line| outcome(line, row, id, &given, started))];
                     let _ = supervisor.audit.borrow_mut().append_all(&records);
                 }
                 return given;
             }
-            let written = supervisor.audit.borrow_mut().append("intent", &intent(asker, row, &call, false));
+            let written = supervisor.audit.borrow_mut().append_all(&[("intent", &|line| intent(line, asker, row, &call, Asked::First))]);
             if let (Err(fault), Effect::Grant) = (written, row.effect) {
                 return Err(Error::Failed { step: "audit".into(), errno: None, detail: format!("{fault}: nothing is granted until it can") });
             }
@@ -107,7 +108,7 @@ fn begin(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: 
         // Also when the handler panics: the entry must not stay.
         let _entry = InFlight { supervisor: Rc::clone(&supervisor), id };
         let given = handle(&supervisor, row, call, fds).await;
-        let _ = supervisor.audit.borrow_mut().append("outcome", &outcome(row, id, &given, started));
+        let _ = supervisor.audit.borrow_mut().append_all(&[("outcome", &|line| outcome(line, row, id, &given, started))]);
         supervisor.sync_soon();
         let _ = done.send(Some(given));
     });
@@ -151,22 +152,28 @@ fn limited(given: &Given) -> bool {
     matches!(given, Err(Error::Exhausted { retry_after_ms: Some(_), what, .. }) if what.ends_with("requests a second"))
 }
 
-fn intent(asker: &Asker, row: &Operation, call: &Call, repeated: bool) -> String {
-    let mut fields = format!(",\"request\":\"{}\",\"operation\":\"{}\"{}", call.id, row.name, asker.described);
-    if repeated {
-        fields.push_str(",\"repeated\":true");
+/// Whether a request comes for the first time, or while it is being worked on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    First,
+    Again,
+}
+
+fn intent(line: &mut Vec<u8>, asker: &Asker, row: &Operation, call: &Call, asked: Asked) {
+    push(line, format_args!(",\"request\":\"{}\",\"operation\":\"{}\"{}", call.id, row.name, asker.described));
+    if asked == Asked::Again {
+        line.extend_from_slice(b",\"repeated\":true");
     }
-    // The decoded value, never the bytes; printable, since every string in it is of a checked type.
-    let arguments = if row.secret_fields.is_empty() {
-        serde_json::to_string(&call.request)
+    line.extend_from_slice(b",\"arguments\":");
+    // The decoded value, never the bytes; printable, since every string in it is of a checked type. Writing to memory can't fail.
+    if row.secret_fields.is_empty() {
+        let _ = serde_json::to_writer(line, &call.request);
+    } else if let Ok(mut value) = serde_json::to_value(&call.request) {
+        hide(&mut value, row.secret_fields);
+        push(line, format_args!("{value}"));
     } else {
-        serde_json::to_value(&call.request).map(|mut value| {
-            hide(&mut value, row.secret_fields);
-            value.to_string()
-        })
-    };
-    let _ = write!(fields, ",\"arguments\":{}", arguments.as_deref().unwrap_or("null"));
-    fields
+        line.extend_from_slice(b"null");
+    }
 }
 
 /// Takes the values of secret fields out, wherever they are.
@@ -182,24 +189,24 @@ fn hide(value: &mut serde_json::Value, secret: &[&str]) {
     }
 }
 
-fn outcome(row: &Operation, id: RequestId, given: &Given, started: Instant) -> String {
+fn outcome(line: &mut Vec<u8>, row: &Operation, id: RequestId, given: &Given, started: Instant) {
     let verdict = given.as_ref().map_or_else(Error::kind, |_| "ok");
-    let mut fields = format!(",\"request\":\"{id}\",\"operation\":\"{}\",\"verdict\":\"{verdict}\"", row.name);
+    push(line, format_args!(",\"request\":\"{id}\",\"operation\":\"{}\",\"verdict\":\"{verdict}\"", row.name));
     match given {
         // What was given, where it is more than an answer to read.
         Ok((reply, _)) if row.class != Class::Read => {
-            let _ = write!(fields, ",\"reply\":{}", serde_json::to_string(reply).as_deref().unwrap_or("null"));
+            line.extend_from_slice(b",\"reply\":");
+            let _ = serde_json::to_writer(&mut *line, reply);
         }
         Ok(_) => {}
         Err(error) => {
-            let _ = write!(fields, ",\"error\":{}", quoted(&error.to_string(), 500));
+            push(line, format_args!(",\"error\":{}", quoted(&error.to_string(), 500)));
             if let Some(errno) = error.errno() {
-                let _ = write!(fields, ",\"errno\":{errno}");
+                push(line, format_args!(",\"errno\":{errno}"));
             }
         }
     }
-    let _ = write!(fields, ",\"micros\":{}", started.elapsed().as_micros());
-    fields
+    push(line, format_args!(",\"micros\":{}", started.elapsed().as_micros()));
 }
 
 #[cfg(test)]
@@ -218,8 +225,10 @@ mod tests {
     fn an_error_with_control_bytes_stays_one_printable_line() {
         let row = Request::examples()[0].operation();
         let given: Given = Err(Error::Failed { step: "x".into(), errno: Some(5), detail: "a\n\u{1b}[31m\u{202e}\"b".into() });
-        let fields = outcome(row, RequestId { session: 1, serial: 1 }, &given, Instant::now());
-        assert!(fields.bytes().all(|b| (0x20..0x7f).contains(&b)), "{fields}");
+        let mut line = Vec::new();
+        outcome(&mut line, row, RequestId { session: 1, serial: 1 }, &given, Instant::now());
+        assert!(line.iter().all(|b| (0x20..0x7f).contains(b)), "{line:?}");
+        let fields = String::from_utf8(line).unwrap();
         let record: serde_json::Value = serde_json::from_str(&format!("{{\"x\":1{fields}}}")).unwrap();
         assert_eq!(record["errno"], 5);
     }

@@ -47,7 +47,10 @@ impl Server {
     pub async fn serve(&self, listener: &Listener) {
         loop {
             match listener.accept().await {
-                Ok(stream) => self.begin(stream),
+                Ok(stream) => match channel(stream) {
+                    Ok(channel) => self.begin(channel),
+                    Err(error) => self.accept_failed(&error, listener).await,
+                },
                 Err(error) => self.accept_failed(&error, listener).await,
             }
         }
@@ -65,8 +68,8 @@ impl Server {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 
-    fn begin(&self, stream: Stream) {
-        let channel = Rc::new(Channel::from_stream(stream));
+    fn begin(&self, channel: Channel) {
+        let channel = Rc::new(channel);
         let place = Place::take(&self.open);
         let (supervisor, expected) = (Rc::clone(&self.supervisor), Rc::clone(&self.expected));
         let crowded = place.number > MAX_CONNECTIONS;
@@ -84,6 +87,12 @@ impl Server {
             }
         });
     }
+}
+
+/// Takes the socket out of `interprocess`'s hands: its stream can't carry descriptors, and watches for more than reading.
+fn channel(stream: Stream) -> io::Result<Channel> {
+    let Stream::UdSocket(stream) = stream;
+    Channel::from_fd(OwnedFd::try_from(stream)?)
 }
 
 /// Counts a connection while it is open.
@@ -172,6 +181,10 @@ async fn send(channel: &Channel, id: RequestId, given: Given, bytes: &mut Vec<u8
     };
     encode(&ServerFrame::Answer(Answer { id, outcome }), bytes)?;
     let borrowed: Vec<_> = fds.iter().map(|fd: &Rc<OwnedFd>| fd.as_fd()).collect();
+    match channel.try_send_encoded(bytes, &borrowed) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+        sent => return sent.map_err(|error| Error::io("send", &error)),
+    }
     match tokio::time::timeout(SEND_PATIENCE, channel.send_encoded(bytes, &borrowed)).await {
         Ok(sent) => sent.map_err(|error| Error::io("send", &error)),
         Err(_) => Err(Error::Timeout { step: "send: the peer does not read".into(), after_ms: 10_000 }),

@@ -13,7 +13,7 @@
 //!
 //! Everything ends with the value. [`Host::inventory`] tells what there is, [`assert_same`] what should not be.
 
-use crate::stand_in::{Ask, Config, Left, Listen, Service, StandIn, StartLimit, Tmpfs, Unit};
+use crate::stand_in::{Ask, Bond, Config, Left, Listen, Service, StandIn, StartLimit, Tmpfs, Unit};
 use crate::wire::{Raw, User, become_user};
 use diarch_ipc::client::{Answered, Client, Restarter, Settings, State};
 use diarch_ipc::name::{CommandLine, Cpus, Label, MiB, QemuName, Slot};
@@ -106,6 +106,8 @@ pub struct Builder {
     pub restart_pauses_ms: Vec<u64>,
     pub patience_ms: u64,
     pub start_limit: StartLimit,
+    /// Whether [`Host::leave_running`] may be called at the end.
+    pub lives_on: bool,
     vms: Vec<(String, serde_json::Value)>,
 }
 
@@ -127,6 +129,7 @@ impl Host {
             patience_ms: 300,
             // Tests kill more often than any operator; the limit has a test of its own.
             start_limit: StartLimit { count: 1000, within_ms: 1000 },
+            lives_on: false,
             vms: Vec::new(),
         }
     }
@@ -257,8 +260,10 @@ impl Builder {
                 environment,
             }),
             start_limit: self.start_limit,
+            remove: self.lives_on.then(|| dir.path().to_owned()),
         };
-        let manager = StandIn::start(&stand_in, &manager, &at("manager.json"), &at("manager.log")).expect("the stand-in");
+        let bond = if self.lives_on { Bond::LivesOn } else { Bond::EndsWithUs };
+        let manager = StandIn::start(&stand_in, &manager, &at("manager.json"), &at("manager.log"), bond).expect("the stand-in");
         Host { manager: Some(manager), uid_first, has_worker: self.worker, dir }
     }
 }
@@ -333,6 +338,14 @@ impl Host {
     /// Ends both halves and the VMs, and checks that this was all.
     pub fn shutdown(mut self) -> Vec<Left> {
         self.manager.take().expect("the host is up").shutdown()
+    }
+
+    /// Lets a host that was built with `lives_on` go on without us: gives the stand-in's control socket, where
+    /// `diarch-stand-in shutdown` ends it all and removes its directory.
+    pub fn leave_running(mut self) -> PathBuf {
+        let control = self.manager.take().expect("the host is up").leave();
+        self.dir.disable_cleanup(true);
+        control
     }
 
     // ---- the contract, spoken by the test ----

@@ -18,6 +18,7 @@ pub mod manager;
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -41,6 +42,18 @@ pub struct Config {
     pub worker: Option<Service>,
     #[serde(default)]
     pub start_limit: StartLimit,
+    /// A directory that is removed when everything has ended: whoever made it may be long gone by then.
+    #[serde(default)]
+    pub remove: Option<PathBuf>,
+}
+
+/// What becomes of a manager when whoever started it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bond {
+    /// It ends too, with all that runs under it.
+    EndsWithUs,
+    /// It lives on until it is asked to shut down.
+    LivesOn,
 }
 
 /// A SEQPACKET listening socket, passed on as `LISTEN_FDS`.
@@ -216,15 +229,16 @@ pub struct StandIn {
 
 impl StandIn {
     /// Starts `program` (the binary `diarch-stand-in`) with this configuration; its own messages go to `log`.
-    pub fn start(program: &Path, config: &Config, config_file: &Path, log: &Path) -> io::Result<Self> {
+    pub fn start(program: &Path, config: &Config, config_file: &Path, log: &Path, bond: Bond) -> io::Result<Self> {
         std::fs::write(config_file, serde_json::to_vec_pretty(config)?)?;
-        let mut child = Command::new(program)
-            .args(["run", "--lifeline", "--config"])
-            .arg(config_file)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(std::fs::File::options().create(true).append(true).open(log)?)
-            .spawn()?;
+        let mut command = Command::new(program);
+        command.arg("run").arg("--config").arg(config_file);
+        match bond {
+            Bond::EndsWithUs => command.arg("--lifeline").stdin(Stdio::piped()),
+            Bond::LivesOn => command.stdin(Stdio::null()),
+        };
+        // A group of its own: ^C on the terminal is for whoever runs there.
+        let mut child = command.process_group(0).stdout(Stdio::piped()).stderr(std::fs::File::options().create(true).append(true).open(log)?).spawn()?;
         let lifeline = child.stdin.take();
         let mut ready = String::new();
         if let Some(out) = child.stdout.take() {
@@ -305,8 +319,17 @@ impl StandIn {
         left
     }
 
+    /// Lets a manager that was started with [`Bond::LivesOn`] go; gives the socket where it can be asked to shut down.
+    pub fn leave(self) -> PathBuf {
+        let manager = std::mem::ManuallyDrop::new(self);
+        manager.control.clone()
+    }
+
     fn end(&mut self) {
-        drop(self.lifeline.take());
+        if self.lifeline.take().is_none() {
+            // It has no lifeline, or was told already.
+            let _ = self.ask(&Ask::Shutdown);
+        }
         let until = Instant::now() + Duration::from_secs(20);
         while matches!(self.child.try_wait(), Ok(None)) {
             if Instant::now() > until {

@@ -109,11 +109,37 @@ fn power_off_and_reboot_and_panic_of_a_guest_are_told_apart() {
     host.write_vm("boot", &guest_vm("boot", boot, "diarch.test=reboot:3"));
     let vm = host.wait_vm("boot", BOOT, "rebooted within its QEMU", |vm| vm.guest_reboots >= 1);
     assert_eq!(vm.restarts, 0, "{vm:?}");
+    // QEMU may report one reboot by more than one RESET, within moments.
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(host.vm("boot").unwrap().guest_reboots, 1, "one reboot is one reboot");
     std::fs::remove_file(host.path("vms/boot.json")).unwrap();
 
     host.write_vm("panic", &guest_vm("panic", panic, "diarch.test=panic:3"));
     let vm = host.wait_vm("panic", BOOT, "seen to have panicked", |vm| format!("{:?} {:?}", vm.reason, vm.last_exit).contains("panic"));
     eprintln!("panic: {:?} {:?}", vm.reason, vm.last_exit);
+}
+
+#[test]
+fn a_port_that_somebody_else_listens_on_is_told_with_qemus_own_words() {
+    need!(Root, Qemu, Guest, Kernel(6, 5));
+    let host = host();
+    let empty = host.inventory();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    host.write_vm("web", &guest_vm("web", port, ""));
+    let vm = host.wait_vm("web", BOOT, "failing", |vm| matches!(vm.phase, Phase::BackOff | Phase::Failed) && vm.reason.is_some());
+    let said = format!("{} {}", vm.reason.unwrap_or_default(), vm.last_exit.unwrap_or_default());
+    assert!(said.contains(&port.to_string()) || said.contains("in use") || said.contains("forwarding"), "{said}");
+    // As soon as the port is free, it runs.
+    drop(taken);
+    host.wait_healthy("web", BOOT);
+    std::fs::remove_file(host.path("vms/web.json")).unwrap();
+    let until = Instant::now() + Duration::from_secs(60);
+    while !host.ledger().is_empty() {
+        assert!(Instant::now() < until, "{:?}", host.ledger());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_same(&empty, &host);
 }
 
 #[test]

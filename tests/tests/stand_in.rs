@@ -80,3 +80,22 @@ fn a_vm_whose_supervisor_died_is_ended_with_the_host_and_named() {
     assert_eq!(left.iter().map(|l| l.pid).collect::<Vec<_>>(), qemu);
     assert!(!std::path::Path::new(&format!("/proc/{}", qemu[0])).exists());
 }
+
+#[test]
+fn a_host_that_is_left_running_ends_when_it_is_asked_to_and_removes_its_directory() {
+    need!(Root, Kernel(6, 5));
+    let mut builder = Host::builder().without_worker();
+    builder.lives_on = true;
+    let host = builder.start();
+    let session = host.session();
+    let slot = session.claim("stays").slot;
+    session.spawn(&host, slot, "");
+    drop(session);
+    let (directory, qemus, supervisor) = (host.path(""), host.qemus(), host.supervisor_pid());
+    let control = host.leave_running();
+    let lives = |pid: i32| std::path::Path::new(&format!("/proc/{pid}")).exists();
+    assert!(lives(supervisor) && lives(qemus[0]));
+    let Told::Ended { left } = ask(&control, &Ask::Shutdown).unwrap() else { panic!("not ended") };
+    assert_eq!(left.iter().map(|l| l.pid).collect::<Vec<_>>(), qemus);
+    assert!(!lives(supervisor) && !lives(qemus[0]) && !directory.exists());
+}

@@ -13,8 +13,8 @@ use crate::journal::Journal;
 use crate::logs::Logs;
 use crate::state::Store;
 use crate::supervisor::Link;
-use crate::worker::Worker;
 use crate::watch;
+use crate::worker::Worker;
 use diarch_ipc::client::State;
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit};
@@ -72,8 +72,8 @@ async fn serve(config: Config) -> Result<(), String> {
     let at = |what: &str, path: &Path, error: std::io::Error| format!("{what} {}: {error}", path.display());
     let store = Store::open(&config.state_directory).map_err(|error| at("the state directory", &config.state_directory, error))?;
     let logs = Logs::open(&config.log_directory).map_err(|error| at("the log directory", &config.log_directory, error))?;
-    let listener = server::listen(&config.control_socket, config.operators_group.as_deref())
-        .map_err(|error| at("the control socket", &config.control_socket, error))?;
+    let listener =
+        server::listen(&config.control_socket, config.operators_group.as_deref()).map_err(|error| at("the control socket", &config.control_socket, error))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
     let mut hangup = signal(SignalKind::hangup()).map_err(|error| error.to_string())?;

@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod health;
 pub mod journal;
 pub mod json;
@@ -18,4 +19,3 @@ pub mod vm;
 pub mod vmfile;
 pub mod watch;
 pub mod worker;
-pub mod daemon;

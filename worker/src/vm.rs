@@ -187,7 +187,7 @@ impl Handle {
     pub fn start(context: Arc<Context>, name: Label, intent: Intent, found: Option<Found>) -> Self {
         let (intent_in, intent_out) = watch::channel(intent);
         let (status_in, status) = watch::channel(Status::new());
-        let vm = Vm { context, name: name.clone(), intent: intent_out, status: status_in, slot: None, pace: Pace::default() };
+        let vm = Vm { context, name: name.clone(), intent: intent_out, status: status_in, slot: None, pace: Pace::default(), told_failed: None };
         // Boxed: the largest of its states would otherwise be paid for twice while the task is made.
         let task = tokio::spawn(Box::pin(vm.run(found))).abort_handle();
         Self { name, intent: intent_in, status, task }
@@ -234,6 +234,8 @@ struct Vm {
     status: watch::Sender<Status>,
     slot: Option<Slot>,
     pace: Pace,
+    /// Why it is failed, as it was told: a retry that fails the same way is no news.
+    told_failed: Option<String>,
 }
 
 /// What the task does next.
@@ -339,7 +341,10 @@ impl Vm {
             status.retry_ms = retry.map(|retry| now_ms().saturating_add(u64::try_from(retry.as_millis()).unwrap_or(u64::MAX)));
         });
         let reason = self.status.borrow().reason.clone().unwrap_or_default();
-        self.note("vm.failed", reason);
+        if self.told_failed.as_ref() != Some(&reason) {
+            self.note("vm.failed", reason.clone());
+            self.told_failed = Some(reason);
+        }
         self.until(retry.map(|retry| Instant::now() + retry)).await
     }
 

@@ -65,7 +65,10 @@ pub struct Accepted {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Goal {
     /// Healthy, by a start that knew these counters of the intent.
-    Healthy { starts: u64, restarts: u64 },
+    Healthy {
+        starts: u64,
+        restarts: u64,
+    },
     Stopped,
 }
 
@@ -209,7 +212,11 @@ impl Worker {
                     let mut state = self.state();
                     let revision = state.files.vms.iter().find(|vm| vm.name == name).map(|vm| vm.revision.clone());
                     if let Some(revision) = revision {
-                        self.journal.note(Some(&name), "vm.held", format!("it stays off until an operator's start, a change of its file or a reboot of the host: {reason}"));
+                        self.journal.note(
+                            Some(&name),
+                            "vm.held",
+                            format!("it stays off until an operator's start, a change of its file or a reboot of the host: {reason}"),
+                        );
                         state.holds.hold(&name, HoldWhy::PoweredOff, reason.clone(), revision);
                     }
                     if let Some(handle) = state.vms.get(&name) {

@@ -32,6 +32,8 @@ pub fn render(program: &str, slot: Slot, spec: &VmSpec) -> Vec<String> {
     push(&["-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on"]);
     // spawn=deny: no fork and exec; elevateprivileges=deny: no set*id (system/qemu-options, "-sandbox").
     push(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+    // The guest's kernel tells QEMU when it panics, and QEMU tells the worker; so a panic is not taken for a reboot or a power-off.
+    push(&["-device", "pvpanic-pci"]);
     push(&["-machine", "q35,usb=off,vmport=off,dump-guest-core=off"]);
     match spec.accelerator {
         Accelerator::Kvm => push(&["-accel", "kvm", "-cpu", "host"]),

@@ -481,6 +481,9 @@ impl Manager {
         if let Some(listen) = &self.config.listen {
             let _ = remove(&listen.path);
         }
+        if let Some(directory) = &self.config.remove {
+            std::fs::remove_dir_all(directory)?;
+        }
         if let Some(Some(mut stream)) = self.ending.take() {
             stream.set_nonblocking(false)?;
             tell(&mut stream, &Told::Ended { left });

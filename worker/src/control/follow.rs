@@ -1,9 +1,8 @@
 //! What goes on: logs and events, the last of them and all that come.
 
-use super::protocol::{LogSource, Reply};
+use super::protocol::{FailureKind, LogSource, Reply};
 use super::server::{Answered, Client};
 use crate::worker::{Worker, failure};
-use super::protocol::FailureKind;
 use std::io::{self, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
@@ -24,19 +23,21 @@ pub async fn events(client: &mut Client, worker: &Arc<Worker>, last: u32, follow
     for event in kept {
         client.reply(&Reply::Event(event)).await?;
     }
-    while follow {
+    if !follow {
+        return Ok(Ok(()));
+    }
+    loop {
         tokio::select! {
             event = new.recv() => match event {
                 Ok(event) => client.reply(&Reply::Event(event)).await?,
                 Err(RecvError::Lagged(missed)) => {
                     return Ok(Err(failure(FailureKind::Failed, format!("this follower is too slow: {missed} events were missed"))));
                 }
-                Err(RecvError::Closed) => break,
+                Err(RecvError::Closed) => return Ok(Ok(())),
             },
             () = Client::gone(&mut client.read) => return Err(io::ErrorKind::BrokenPipe.into()),
         }
     }
-    Ok(Ok(()))
 }
 
 pub async fn logs(client: &mut Client, worker: &Arc<Worker>, name: &str, source: LogSource, lines: u32, follow: bool) -> Answered {
@@ -53,26 +54,28 @@ pub async fn logs(client: &mut Client, worker: &Arc<Worker>, name: &str, source:
     if let Some(log) = &mut log {
         log.last(client, lines).await?;
     }
-    while follow {
+    if !follow {
+        if let Some(log) = &mut log {
+            log.flush(client).await?;
+        }
+        return Ok(Ok(()));
+    }
+    loop {
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {}
             () = Client::gone(&mut client.read) => return Err(io::ErrorKind::BrokenPipe.into()),
         }
         if let Some(log) = &mut log {
-            log.new(client).await?;
+            log.added(client).await?;
         }
         // Rotated: what is left of the old one has just been sent.
         if !same(&log, &path).await
             && let Ok(Some(mut newer)) = Log::open(&path).await
         {
-            newer.new(client).await?;
+            newer.added(client).await?;
             log = Some(newer);
         }
     }
-    if let Some(log) = &mut log {
-        log.flush(client).await?;
-    }
-    Ok(Ok(()))
 }
 
 async fn same(log: &Option<Log>, path: &Path) -> bool {
@@ -106,7 +109,7 @@ impl Log {
     }
 
     /// All that was added.
-    async fn new(&mut self, client: &mut Client) -> io::Result<()> {
+    async fn added(&mut self, client: &mut Client) -> io::Result<()> {
         // A log that was cut short in place starts anew.
         if self.file.stream_position().await? > self.file.metadata().await?.len() {
             self.file.seek(SeekFrom::Start(0)).await?;
@@ -164,7 +167,9 @@ mod tests {
 
     #[test]
     fn the_last_lines_are_found_with_and_without_a_final_line_break() {
-        for (text, lines, expected) in [("a\nb\nc\n", 2, "b\nc\n"), ("a\nb\nc", 2, "b\nc"), ("a\n", 5, "a\n"), ("", 3, ""), ("a\nb\n", 0, ""), ("\n\n", 1, "\n")] {
+        for (text, lines, expected) in
+            [("a\nb\nc\n", 2, "b\nc\n"), ("a\nb\nc", 2, "b\nc"), ("a\n", 5, "a\n"), ("", 3, ""), ("a\nb\n", 0, ""), ("\n\n", 1, "\n")]
+        {
             assert_eq!(&text[start_of_last(text.as_bytes(), lines)..], expected, "{text:?} {lines}");
         }
     }

@@ -195,3 +195,101 @@ async fn request_line(client: &mut Client) -> io::Result<Vec<u8>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::journal::Journal;
+    use crate::logs::Logs;
+    use crate::state::Store;
+    use crate::supervisor::Link;
+    use tokio::io::{AsyncBufReadExt, BufReader};
+
+    /// A worker whose supervisor is not there, and its control socket.
+    async fn worker(dir: &Path) -> std::path::PathBuf {
+        let vms = dir.join("vms");
+        std::fs::create_dir(&vms).unwrap();
+        let file = r#"{"name": "a", "qemu_configuration": {"cores": 1, "mem_mb": 64}, "image": {"kernel": "/dev/null"}}"#;
+        std::fs::write(vms.join("a.json"), file).unwrap();
+        std::fs::write(vms.join("b.json"), "{").unwrap();
+        let config = Config {
+            configs_dir: vms,
+            supervisor_socket: dir.join("none.sock"),
+            patience: Duration::from_secs(60),
+            control_socket: dir.join("worker.sock"),
+            ..Config::default()
+        };
+        let socket = config.control_socket.clone();
+        let journal = Arc::new(Journal::default());
+        let (link, _) = Link::start(&config, Arc::clone(&journal));
+        let (worker, _) = Worker::new(config, link, journal, Store::open(&dir.join("state")).unwrap(), Logs::open(&dir.join("logs")).unwrap());
+        worker.reload().await;
+        tokio::spawn(serve(listen(&socket, None).unwrap(), worker));
+        socket
+    }
+
+    async fn ask(socket: &Path, line: &[u8]) -> Vec<Reply> {
+        let mut stream = UnixStream::connect(socket).await.unwrap();
+        let _ = stream.write_all(line).await;
+        let mut replies = Vec::new();
+        let mut lines = BufReader::new(stream).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            replies.push(serde_json::from_str(&line).unwrap());
+        }
+        replies
+    }
+    fn kind(replies: &[Reply]) -> Option<FailureKind> {
+        match replies {
+            [Reply::Error(failure)] => Some(failure.kind),
+            _ => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn only_the_owner_and_the_group_may_connect_and_a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("worker.sock");
+        drop(listen(&socket, None).unwrap());
+        let _listener = listen(&socket, None).unwrap();
+        assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
+        UnixStream::connect(&socket).await.unwrap();
+        assert!(listen(&socket, Some("no-such-group")).unwrap_err().to_string().contains("no-such-group"));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn vms_are_shown_and_can_t_be_ordered_while_the_supervisor_is_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = worker(dir.path()).await;
+        let replies = ask(&socket, b"{\"vm-list\": {}}\n").await;
+        assert!(matches!(&replies[..], [Reply::Vms(vms), Reply::Done {}] if vms.len() == 1 && vms[0].name.as_str() == "a"), "{replies:?}");
+        let replies = ask(&socket, b"{\"vm-start\": {\"name\": \"a\", \"wait\": true}}\n").await;
+        assert_eq!(kind(&replies), Some(FailureKind::Unreachable));
+        let replies = ask(&socket, b"{\"vm-show\": {\"name\": \"x\\u001b[31m\"}}\n").await;
+        assert!(matches!(&replies[..], [Reply::Error(f)] if f.kind == FailureKind::NotFound && f.message.contains("b.json") && !f.message.contains('\u{1b}')));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_request_gets_a_sentence() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = worker(dir.path()).await;
+        for line in ["\n", "hello\n", "{\"vm-list\": {\"more\": 1}}\n", "{\"vm-list\": {}} {}\n", "[[[[[[[\n"] {
+            assert_eq!(kind(&ask(&socket, line.as_bytes()).await), Some(FailureKind::Usage), "{line}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_silent_client_and_an_endless_line_delay_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = worker(dir.path()).await;
+        let mut silent = Vec::new();
+        for _ in 0..MAX_CONNECTIONS - 2 {
+            silent.push(UnixStream::connect(&socket).await.unwrap());
+        }
+        let mut endless = UnixStream::connect(&socket).await.unwrap();
+        tokio::spawn(async move { while endless.write_all(&[b'x'; 1024]).await.is_ok() {} });
+        let replies = timeout(Duration::from_secs(2), ask(&socket, b"{\"vm-list\": {}}\n")).await.unwrap();
+        assert_eq!(replies.len(), 2);
+    }
+}

@@ -114,7 +114,6 @@ impl Qemu {
     pub async fn last_seen(&self) -> Seen {
         let mut seen = self.monitor.seen();
         let _ = timeout(LAST_WORDS, seen.wait_for(|seen| seen.closed.is_some())).await;
-        let seen = seen.borrow().clone();
-        seen
+        seen.borrow_and_update().clone()
     }
 }

@@ -33,6 +33,9 @@ impl Vm {
     pub(super) async fn start(&mut self) -> Stage {
         let intent = self.intent.borrow_and_update().clone();
         let Some(desired) = intent.desired.filter(|_| intent.want == Want::Run) else { return Stage::Rest };
+        if intent.starts > self.status.borrow().seen_starts {
+            self.told_failed = None;
+        }
         self.set(|status| {
             status.phase = Phase::Starting;
             status.retry_ms = None;
@@ -47,7 +50,9 @@ impl Vm {
             status.guest_reboots = 0;
         });
         let failure = self.status.borrow().reason.clone().filter(|_| self.pace.failures() > 0);
-        self.note("vm.starting", failure.map_or(intent.why, |failure| format!("again, after failure {} in a row: {failure}", self.pace.failures())));
+        if self.told_failed.is_none() {
+            self.note("vm.starting", failure.map_or(intent.why, |failure| format!("again, after failure {} in a row: {failure}", self.pace.failures())));
+        }
         let stage = match self.spawn(&desired).await {
             Ok(qemu) => return Stage::Watch(Box::new(qemu)),
             Err(NotStarted::Refused(reason)) => {
@@ -95,6 +100,7 @@ impl Vm {
             status.accelerator = Some(accelerator);
             status.started_ms = Some(spawned.spawned_ms);
         });
+        self.told_failed = None;
         self.record(slot, spawned.spawned_ms, &desired.file, &desired.machine);
         Qemu::new(slot, Origin::Spawned, spawned.spawned_ms, Some(log_mark), handles, events)
             .map_err(|error| NotStarted::OutOfStep(format!("QEMU's descriptors can't be used: {error}")))

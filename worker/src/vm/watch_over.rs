@@ -65,8 +65,7 @@ impl Vm {
                         if prober.verdict.changed().await.is_err() {
                             std::future::pending::<()>().await;
                         }
-                        let verdict = prober.verdict.borrow_and_update().clone();
-                        verdict
+                        prober.verdict.borrow_and_update().clone()
                     }
                     None => std::future::pending().await,
                 }

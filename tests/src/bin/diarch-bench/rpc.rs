@@ -12,8 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-const ROUNDS: usize = 15;
-const CALLS: u32 = 2000;
+const ROUNDS: usize = 61;
+const CALLS: u32 = 4000;
 const BYTES: usize = 64;
 
 /// The other process of the ping-pong: gives back what it gets on its standard input.

@@ -1,4 +1,4 @@
-//! `vm_start`: from the order to the worker until it hears `running` from QMP, against the same QEMU with the same arguments and files, started by this
+//! `vm_start`: from the worker's decision until it hears `running` from QMP, against the same QEMU with the same arguments and files, started by this
 //! program alone to the same point.
 
 use crate::{Events, line, median, milliseconds};
@@ -41,9 +41,10 @@ pub fn run() {
     let (mut ours, mut bare) = (Vec::new(), Vec::new());
     for run in 0..=RUNS {
         host.ask_worker(&Request::VmKill { name: name(), wait: true });
-        let started = Instant::now();
         host.ask_worker(&Request::VmStart { name: name(), wait: false });
-        let a = milliseconds(events.wait("vm.running", "one") - started);
+        // The worker says `vm.starting` when it has decided, before it does anything about it.
+        let decided = events.wait("vm.starting", "one");
+        let a = milliseconds(events.wait("vm.running", "one") - decided);
         host.ask_worker(&Request::VmKill { name: name(), wait: true });
         let b = bare_start(&argv, &guest, &host);
         if run > 0 {
