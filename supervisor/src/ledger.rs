@@ -39,6 +39,8 @@ pub struct Record {
 pub struct Run {
     /// The request that started it: repeated, it gets the same answer.
     pub spawn: RequestId,
+    /// SHA-256 of that request, hex: another request under its id is a mistake, and gets told so.
+    pub asked: String,
     pub process: Option<Process>,
     pub spawned_ms: u64,
     pub cpus: Cpus,

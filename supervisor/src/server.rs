@@ -12,13 +12,14 @@ use diarch_ipc::operation::{Class, Event};
 use diarch_ipc::peer::{Expected, Peer};
 use interprocess::local_socket::tokio::{Listener, Stream, prelude::*};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 /// Connections at one time, in all. A host has one worker; the rest is room for its successors and for tests.
 const MAX_CONNECTIONS: usize = 64;
@@ -33,14 +34,14 @@ const MAX_IN_FLIGHT: usize = 64;
 pub struct Server {
     supervisor: Rc<Supervisor>,
     expected: Rc<Expected>,
-    open: Rc<Cell<usize>>,
+    crowd: Rc<Crowd>,
     /// Given up when descriptors run out, so that there is one to accept and refuse with (THREATS 6).
     reserve: RefCell<Option<File>>,
 }
 
 impl Server {
     pub fn new(supervisor: Rc<Supervisor>, expected: Expected) -> Self {
-        Self { supervisor, expected: Rc::new(expected), open: Rc::default(), reserve: RefCell::new(File::open("/dev/null").ok()) }
+        Self { supervisor, expected: Rc::new(expected), crowd: Rc::default(), reserve: RefCell::new(File::open("/dev/null").ok()) }
     }
 
     /// Accepts for ever.
@@ -70,17 +71,10 @@ impl Server {
 
     fn begin(&self, channel: Channel) {
         let channel = Rc::new(channel);
-        let place = Place::take(&self.open);
+        let place = Crowd::enter(&self.crowd);
         let (supervisor, expected) = (Rc::clone(&self.supervisor), Rc::clone(&self.expected));
-        let crowded = place.number > MAX_CONNECTIONS;
         tokio::task::spawn_local(async move {
-            let _place = place;
-            let ended = if crowded {
-                Err(Error::Exhausted { what: "connections".into(), limit: MAX_CONNECTIONS as u64, retry_after_ms: Some(1000) })
-            } else {
-                connection(&supervisor, &expected, &channel).await
-            };
-            if let Err(error) = ended {
+            if let Err(error) = connection(&supervisor, &expected, &channel, &place).await {
                 tracing::warn!(%error, "connection refused");
                 supervisor.note(&format!("connection refused: {error}"));
                 let _ = tokio::time::timeout(Duration::from_millis(100), channel.send(&ServerFrame::Refused(error), &[])).await;
@@ -95,28 +89,67 @@ fn channel(stream: Stream) -> io::Result<Channel> {
     Channel::from_fd(OwnedFd::try_from(stream)?)
 }
 
-/// Counts a connection while it is open.
+/// The open connections. When there are too many, the one that has waited longest without saying Hello must go: so the silent never keep
+/// the honest out (THREATS 6, 7). Those that said Hello are sessions, of which the oldest goes: a superseded one.
+#[derive(Default)]
+struct Crowd {
+    count: Cell<u64>,
+    places: RefCell<BTreeMap<u64, Standing>>,
+}
+
+struct Standing {
+    greeted: bool,
+    leave: Rc<Notify>,
+}
+
+/// One connection's place among the others.
 struct Place {
-    open: Rc<Cell<usize>>,
-    number: usize,
+    crowd: Rc<Crowd>,
+    number: u64,
+    leave: Rc<Notify>,
+}
+
+impl Crowd {
+    fn enter(crowd: &Rc<Self>) -> Place {
+        let number = crowd.count.get() + 1;
+        crowd.count.set(number);
+        let mut places = crowd.places.borrow_mut();
+        if places.len() >= MAX_CONNECTIONS {
+            let oldest = places.iter().min_by_key(|(number, standing)| (standing.greeted, **number)).map(|(number, _)| *number);
+            if let Some(gone) = oldest.and_then(|number| places.remove(&number)) {
+                gone.leave.notify_one();
+            }
+        }
+        let leave = Rc::new(Notify::new());
+        places.insert(number, Standing { greeted: false, leave: Rc::clone(&leave) });
+        Place { crowd: Rc::clone(crowd), number, leave }
+    }
 }
 
 impl Place {
-    fn take(open: &Rc<Cell<usize>>) -> Self {
-        let number = open.get() + 1;
-        open.set(number);
-        Self { open: Rc::clone(open), number }
+    fn greeted(&self) {
+        if let Some(standing) = self.crowd.places.borrow_mut().get_mut(&self.number) {
+            standing.greeted = true;
+        }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.open.set(self.open.get().saturating_sub(1));
+        self.crowd.places.borrow_mut().remove(&self.number);
     }
 }
 
 /// One connection, from its first byte to its last. An error is told to the peer before the connection closes.
-async fn connection(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc<Channel>) -> Result<(), Error> {
+async fn connection(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc<Channel>, place: &Place) -> Result<(), Error> {
+    let crowded = || Error::Exhausted { what: "connections".into(), limit: MAX_CONNECTIONS as u64, retry_after_ms: Some(1000) };
+    tokio::select! {
+        ended = converse(supervisor, expected, channel, place) => ended,
+        () = place.leave.notified() => Err(crowded()),
+    }
+}
+
+async fn converse(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc<Channel>, place: &Place) -> Result<(), Error> {
     let peer = Peer::of(&**channel, expected.unit.is_some())?;
     peer.check(expected)?;
     let mut receiver = Receiver::default();
@@ -128,6 +161,7 @@ async fn connection(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &
         Err(error) => return Err(hostile(&error)),
     }
     channel.send(&ServerFrame::Hello(Hello::ours()), &[]).await?;
+    place.greeted();
     let session = supervisor.sessions.begin(channel);
     let asker = Asker::new(session, &peer);
     tracing::info!(session, uid = peer.uid, pid = peer.pid, "worker connected");

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 pub fn claim(supervisor: &Rc<Supervisor>, id: RequestId, ask: &Claim) -> Result<Claimed, Error> {
-    if let Some(answer) = asked_before(&supervisor.slots.borrow(), id) {
+    if let Some(answer) = asked_before(&supervisor.slots.borrow(), id, ask)? {
         return Ok(answer);
     }
     let vetted = vet(&supervisor.slots.borrow(), supervisor.grants.vms.max, supervisor.grants.vms.uid_first, id, ask)?;
@@ -22,9 +22,13 @@ pub fn claim(supervisor: &Rc<Supervisor>, id: RequestId, ask: &Claim) -> Result<
     Ok(claimed)
 }
 
-fn asked_before(slots: &BTreeMap<Slot, Vm>, id: RequestId) -> Option<Claimed> {
-    let record = slots.values().map(|vm| &vm.record).find(|record| record.claim == id)?;
-    Some(Claimed { slot: record.slot, uid: record.uid })
+/// The same request, repeated by a worker that lost the connection: the same answer.
+fn asked_before(slots: &BTreeMap<Slot, Vm>, id: RequestId, ask: &Claim) -> Result<Option<Claimed>, Error> {
+    match slots.values().map(|vm| &vm.record).find(|record| record.claim == id) {
+        None => Ok(None),
+        Some(record) if record.label == ask.label => Ok(Some(Claimed { slot: record.slot, uid: record.uid })),
+        Some(record) => Err(Error::invalid("id", format!("under this id, {} was claimed", record.label))),
+    }
 }
 
 /// The lowest free slot, for a label that no other slot has.
@@ -73,7 +77,8 @@ mod tests {
         slots.insert(record.slot, Vm::new(record));
         let Error::Conflict { holder, .. } = vet(&slots, 3, 200_000, id(2), &ask("a")).unwrap_err() else { panic!() };
         assert_eq!(holder, "slot 0");
-        assert_eq!(asked_before(&slots, id(1)).unwrap().slot.get(), 0);
-        assert!(asked_before(&slots, id(2)).is_none());
+        assert_eq!(asked_before(&slots, id(1), &ask("a")).unwrap().unwrap().slot.get(), 0);
+        assert!(asked_before(&slots, id(2), &ask("a")).unwrap().is_none());
+        assert_eq!(asked_before(&slots, id(1), &ask("b")).unwrap_err().kind(), "invalid", "another request under a used id");
     }
 }

@@ -18,10 +18,12 @@ use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
 use crate::{fd, kvm, process, qemu};
 use diarch_ipc::Error;
+use diarch_ipc::frame::encode;
 use diarch_ipc::name::{RequestId, Slot};
 use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
 use diarch_ipc::spec::{Accelerator, Boot, Egress, FdRole, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, memfd_create};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -70,7 +72,7 @@ struct Launched {
 pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: RequestId, ask: Spawn, fds: Vec<OwnedFd>) -> Result<Started, Error> {
     let slot = ask.slot;
     let _lock = supervisor.lock(slot).await?;
-    if let Some(answer) = asked_before(supervisor, id, slot)? {
+    if let Some(answer) = asked_before(supervisor, id, &ask)? {
         return Ok(answer);
     }
     supervisor.check_state(row, slot)?;
@@ -115,10 +117,13 @@ fn spawned(record: &Record) -> Result<Spawned, Error> {
 }
 
 /// The same request, repeated by a worker that lost the connection: the same answer, with fresh connections.
-fn asked_before(supervisor: &Supervisor, id: RequestId, slot: Slot) -> Result<Option<Started>, Error> {
+fn asked_before(supervisor: &Supervisor, id: RequestId, ask: &Spawn) -> Result<Option<Started>, Error> {
+    let slot = ask.slot;
     let (record, pidfd) = supervisor.with(slot, |vm| (vm.record.clone(), vm.pidfd.clone()))?;
-    if record.run.as_ref().is_none_or(|run| run.spawn != id) {
-        return Ok(None);
+    match &record.run {
+        Some(run) if run.spawn == id && run.asked == digest(ask)? => {}
+        Some(run) if run.spawn == id => return Err(Error::invalid("id", format!("under this id, another VM was started in slot {slot}"))),
+        _ => return Ok(None),
     }
     match (record.state, pidfd) {
         (SlotState::Running, Some(pidfd)) => {
@@ -130,6 +135,13 @@ fn asked_before(supervisor: &Supervisor, id: RequestId, slot: Slot) -> Result<Op
             Err(Error::WrongState { state: state.as_str().into(), reason: format!("this very request started QEMU in slot {slot}, which {how} since") })
         }
     }
+}
+
+/// SHA-256 of the request's one encoding, hex.
+fn digest(ask: &Spawn) -> Result<String, Error> {
+    let mut bytes = Vec::new();
+    encode(ask, &mut bytes)?;
+    Ok(Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: Vec<OwnedFd>) -> Result<Facts, Error> {
@@ -189,6 +201,7 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
     let granted = grants.qemu.get(spec.qemu.as_str()).ok_or_else(|| Error::denied(format!("qemu.{}", spec.qemu), "there is no such section"))?;
     let run = Run {
         spawn: id,
+        asked: digest(ask)?,
         process: None,
         spawned_ms: now_ms(),
         cpus: spec.cpus,

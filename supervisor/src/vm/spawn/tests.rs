@@ -39,6 +39,7 @@ fn other(state: SlotState, memory: u64, port: u64) -> Record {
     let forward = ask().spec.nics[0].forwards[0];
     let run = Run {
         spawn: id(77),
+        asked: String::new(),
         process: Some(Process { pid: 1, start_time: 1 }),
         spawned_ms: 1,
         cpus: Cpus::new(1).unwrap(),
