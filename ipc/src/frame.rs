@@ -143,7 +143,7 @@ pub fn encode(frame: &impl Serialize, into: &mut Vec<u8>) -> Result<(), Error> {
 
 /// Decodes one frame from a peer that nothing is believed of, and refuses every other spelling of it.
 pub fn decode<T: DeserializeOwned + Serialize>(bytes: &[u8], scratch: &mut Vec<u8>) -> Result<T, Malformed> {
-    let value = decode_from_root(bytes)?;
+    let (value, _) = read(bytes)?;
     encode(&value, scratch).map_err(|error| Malformed::Undecodable(error.to_string()))?;
     if scratch.as_slice() == bytes { Ok(value) } else { Err(Malformed::NotCanonical) }
 }
@@ -151,14 +151,24 @@ pub fn decode<T: DeserializeOwned + Serialize>(bytes: &[u8], scratch: &mut Vec<u
 /// Decodes one frame of the supervisor's: the same limits, and no second look at its spelling. What it says is acted on by nobody with more rights
 /// than its sender.
 pub fn decode_from_root<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
+    let (value, mut rest) = read(bytes)?;
+    // This reader tells no position. A number needs one marker byte first, and only the end of the slice has none.
+    match u8::deserialize(&mut rest) {
+        Err(rmp_serde::decode::Error::InvalidMarkerRead(_)) => Ok(value),
+        _ => Err(Malformed::NotCanonical),
+    }
+}
+
+type Slice<'a> = rmp_serde::Deserializer<rmp_serde::decode::ReadRefReader<'a, [u8]>>;
+
+fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, Slice<'_>), Malformed> {
     if bytes.len() > MAX_FRAME {
         return Err(Malformed::TooLong);
     }
-    let mut rest = bytes;
-    let mut deserializer = rmp_serde::Deserializer::new(&mut rest);
+    let mut deserializer = rmp_serde::Deserializer::from_read_ref(bytes);
     deserializer.set_max_depth(MAX_DEPTH);
     let value = T::deserialize(&mut deserializer).map_err(|error| Malformed::Undecodable(printable(&error.to_string(), 200)))?;
-    if rest.is_empty() { Ok(value) } else { Err(Malformed::NotCanonical) }
+    Ok((value, deserializer))
 }
 
 /// Somebody else's text, made fit for a log line: printable ASCII, at most `max` bytes.
@@ -223,6 +233,17 @@ mod tests {
                 long.push(extra);
                 assert_eq!(decoded(&long), Err(Malformed::NotCanonical));
             }
+        }
+    }
+
+    #[test]
+    fn a_byte_too_many_is_refused_from_root_too() {
+        let frame = ServerFrame::Event(Event::SessionSuperseded {});
+        assert_eq!(decode_from_root::<ServerFrame>(&bytes(&frame)).unwrap(), frame);
+        for extra in 0..=255u8 {
+            let mut long = bytes(&frame);
+            long.push(extra);
+            assert_eq!(decode_from_root::<ServerFrame>(&long), Err(Malformed::NotCanonical), "{extra:#x}");
         }
     }
 

@@ -105,13 +105,14 @@ impl Audit {
         let mut line = std::mem::take(&mut self.line);
         line.clear();
         let before = (self.sequence, self.head.clone(), self.unreported);
+        let now = now_ms();
         if self.unreported > 0 {
             let lost = self.unreported;
-            self.render(&mut line, "gap", &|line| push(line, format_args!(",\"lost\":{lost}")));
+            self.render(&mut line, now, "gap", &|line| push(line, format_args!(",\"lost\":{lost}")));
             self.unreported = 0;
         }
         for (kind, fields) in records {
-            self.render(&mut line, kind, *fields);
+            self.render(&mut line, now, kind, *fields);
         }
         let written = self.write(&line);
         self.line = line;
@@ -137,10 +138,10 @@ impl Audit {
         }
     }
 
-    fn render(&mut self, line: &mut Vec<u8>, kind: &str, fields: Fields<'_>) {
+    fn render(&mut self, line: &mut Vec<u8>, now: u64, kind: &str, fields: Fields<'_>) {
         let start = line.len();
         self.sequence += 1;
-        push(line, format_args!("{{\"seq\":{},\"time_ms\":{},\"kind\":\"{kind}\"", self.sequence, now_ms()));
+        push(line, format_args!("{{\"seq\":{},\"time_ms\":{now},\"kind\":\"{kind}\"", self.sequence));
         fields(line);
         line.extend_from_slice(b",\"prev\":\"");
         line.extend_from_slice(self.head.as_bytes());

@@ -42,7 +42,7 @@ impl Asker {
 pub fn read(supervisor: &Supervisor, asker: &Asker, call: &Call) -> Given {
     let started = Instant::now();
     let row = call.request.operation();
-    let given = admit(supervisor, asker, row).and_then(|()| match &call.request {
+    let given = admit(supervisor, asker, row, started).and_then(|()| match &call.request {
         Request::HostInventory(ask) => Ok((Reply::HostInventory(vm::inventory::inventory(supervisor, ask)), Vec::new())),
         _ => Err(Error::Failed { step: "dispatch".into(), errno: None, detail: "not a read operation".into() }),
     });
@@ -71,7 +71,7 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
         }
         None => {
             let started = Instant::now();
-            let admitted = admit(supervisor, asker, row);
+            let admitted = admit(supervisor, asker, row, started);
             if let Err(error) = admitted {
                 let given = Err(error);
                 if !limited(&given) {
@@ -139,12 +139,12 @@ async fn handle(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call
     }
 }
 
-fn admit(supervisor: &Supervisor, asker: &Asker, row: &Operation) -> Result<(), Error> {
+fn admit(supervisor: &Supervisor, asker: &Asker, row: &Operation, now: Instant) -> Result<(), Error> {
     let active = |sessions: &Sessions| sessions.is_active(asker.session);
     if !active(&supervisor.sessions) {
         return Err(Error::Superseded);
     }
-    supervisor.limiter.borrow_mut().admit(row.class, Instant::now())
+    supervisor.limiter.borrow_mut().admit(row.class, now)
 }
 
 /// A refusal by the limiter is counted, not written: a storm must not fill the audit's disk.

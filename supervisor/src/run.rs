@@ -121,13 +121,18 @@ async fn serve(supervisor: Rc<Supervisor>, expected: Expected, socket: OwnedFd) 
     let server = Server::new(Rc::clone(&supervisor), expected);
     tell_manager(&[NotifyState::Ready, NotifyState::Status("serving")]);
     tracing::info!(version = diarch_ipc::VERSION, adopted, "serving");
-    tokio::select! {
-        () = server.serve(&listener) => {}
-        () = supervisor.keep_synced() => {}
-        () = feed_watchdog() => {}
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    // Each on a task of its own: what is awaited here is looked at on every turn of the loop.
+    let syncing = Rc::clone(&supervisor);
+    tokio::task::spawn_local(async move { syncing.keep_synced().await });
+    tokio::task::spawn_local(feed_watchdog());
+    tokio::task::spawn_local(async move { server.serve(&listener).await });
+    let stopped = tokio::task::spawn_local(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    });
+    let _ = stopped.await;
     tell_manager(&[NotifyState::Stopping]);
     // VMs live on, and the next supervisor finds them in the ledger.
     supervisor.note("stopped by a signal; VMs run on");
