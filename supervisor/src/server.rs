@@ -60,6 +60,11 @@ impl Server {
     async fn accept_failed(&self, error: &io::Error, listener: &Listener) {
         tracing::error!(%error, "accept failed");
         if matches!(error.raw_os_error(), Some(nix::libc::EMFILE | nix::libc::ENFILE)) {
+            // Whoever waits without a word makes room; its task closes its socket when it runs next.
+            if self.crowd.evict(Evict::Silent) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                return;
+            }
             self.reserve.borrow_mut().take();
             // The connection that waits is accepted with the descriptor just freed, and closed.
             let _ = tokio::time::timeout(Duration::from_millis(1), listener.accept()).await;
@@ -102,6 +107,13 @@ struct Standing {
     leave: Rc<Notify>,
 }
 
+/// Who may be sent away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Evict {
+    Silent,
+    Anybody,
+}
+
 /// One connection's place among the others.
 struct Place {
     crowd: Rc<Crowd>,
@@ -113,16 +125,24 @@ impl Crowd {
     fn enter(crowd: &Rc<Self>) -> Place {
         let number = crowd.count.get() + 1;
         crowd.count.set(number);
-        let mut places = crowd.places.borrow_mut();
-        if places.len() >= MAX_CONNECTIONS {
-            let oldest = places.iter().min_by_key(|(number, standing)| (standing.greeted, **number)).map(|(number, _)| *number);
-            if let Some(gone) = oldest.and_then(|number| places.remove(&number)) {
-                gone.leave.notify_one();
-            }
+        if crowd.places.borrow().len() >= MAX_CONNECTIONS {
+            crowd.evict(Evict::Anybody);
         }
         let leave = Rc::new(Notify::new());
-        places.insert(number, Standing { greeted: false, leave: Rc::clone(&leave) });
+        crowd.places.borrow_mut().insert(number, Standing { greeted: false, leave: Rc::clone(&leave) });
         Place { crowd: Rc::clone(crowd), number, leave }
+    }
+
+    /// Sends the one away that has waited longest, the silent first; whether there was one.
+    fn evict(&self, whom: Evict) -> bool {
+        let mut places = self.places.borrow_mut();
+        let candidates = places.iter().filter(|(_, standing)| whom == Evict::Anybody || !standing.greeted);
+        let oldest = candidates.min_by_key(|(number, standing)| (standing.greeted, **number)).map(|(number, _)| *number);
+        let gone = oldest.and_then(|number| places.remove(&number));
+        if let Some(gone) = &gone {
+            gone.leave.notify_one();
+        }
+        gone.is_some()
     }
 }
 

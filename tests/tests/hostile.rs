@@ -330,6 +330,27 @@ fn a_hundred_silent_connections_do_not_delay_an_honest_one() {
 }
 
 #[test]
+fn when_descriptors_run_out_the_silent_make_room_for_the_honest() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    honest(&host);
+    let before = host.inventory();
+    let pid = rustix::process::Pid::from_raw(host.supervisor_pid()).unwrap();
+    let all = rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, rustix::process::Rlimit { current: Some(32), maximum: Some(32) });
+    all.unwrap();
+    // Fewer than the limit on connections, and more than there are descriptors.
+    let silent: Vec<OwnedFd> = as_user(WORKER, || (0..60).filter_map(|_| connect(&host.socket()).ok()).collect());
+    assert!(silent.len() >= 32, "only {} connected", silent.len());
+    let served = honest(&host);
+    eprintln!("an honest client was served in {served:?} with every descriptor taken");
+    assert!(served < Duration::from_secs(2), "{served:?}");
+    assert!(host.log("supervisor.log").contains("accept failed"), "the table was never full: the test shows nothing");
+    drop(silent);
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
 fn a_peer_that_never_reads_is_dropped_and_holds_nobody_up() {
     need!(Root, Kernel(6, 5));
     let host = Host::supervisor_only();
