@@ -138,3 +138,82 @@ impl Supervisor {
         let _ = self.audit.borrow_mut().append("note", &format!(",\"text\":{}", crate::audit::quoted(text, 500)));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diarch_ipc::OPERATIONS;
+    use diarch_ipc::name::Label;
+    use std::time::Instant;
+
+    fn supervisor(directory: &std::path::Path) -> Rc<Supervisor> {
+        let text = "[worker]\nuser = 64000\n[vms]\nmax = 4\nuid_first = 200000\nmemory_mib = 64\ncpus_each = 1\n";
+        let grants: Grants = toml::from_str(text).unwrap();
+        Rc::new(Supervisor {
+            limiter: Limiter::new(&grants.limits, Instant::now()).into(),
+            kvm: KvmVerdict::NotGranted.into(),
+            grants,
+            ledger: Ledger::open(directory).unwrap(),
+            helpers: Helpers::default(),
+            sessions: Sessions::default(),
+            hashes: HashCache::default(),
+            qemu_grants: Vec::new(),
+            started_ms: 0,
+            kernel: String::new(),
+            audit: Audit::open(&directory.join("audit")).unwrap().into(),
+            slots: RefCell::default(),
+            in_flight: RefCell::default(),
+            sync_scheduled: Cell::default(),
+            sync_wanted: tokio::sync::Notify::new(),
+        })
+    }
+
+    fn claimed(supervisor: &Supervisor) -> Slot {
+        let slot = Slot::new(0).unwrap();
+        let claim = RequestId { session: 1, serial: 1 };
+        let record = Record { slot, label: Label::new("web").unwrap(), uid: 200_000, claim, state: SlotState::Claimed, run: None };
+        supervisor.ledger.create(&record).unwrap();
+        supervisor.slots.borrow_mut().insert(slot, Vm::new(record));
+        slot
+    }
+
+    #[test]
+    fn a_step_that_does_not_end_quarantines_its_slot_and_nothing_else_until_it_does() {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let supervisor = supervisor(directory.path());
+            let slot = claimed(&supervisor);
+            let state = || supervisor.with(slot, Vm::state).unwrap();
+            let row: &'static Operation = Box::leak(Box::new(Operation { deadline_ms: 50, ..OPERATIONS[3] }));
+            let (release, stuck) = std::sync::mpsc::channel::<()>();
+            let acting = Rc::clone(&supervisor);
+            let act = tokio::task::spawn_local(async move { acting.act(row, slot, "start QEMU", move || stuck.recv().is_ok()).await });
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            assert_eq!(state(), SlotState::Claimed);
+            tokio::time::sleep(Duration::from_millis(80)).await;
+            assert_eq!(state(), SlotState::Quarantined);
+            // What needs another state is refused, what ends things is not, and other slots' work goes on.
+            let of = |name: &str| OPERATIONS.iter().find(|row| row.name == name).unwrap();
+            assert_eq!(supervisor.check_state(of("vm.spawn"), slot).unwrap_err().kind(), "wrong-state");
+            supervisor.check_state(of("vm.release"), slot).unwrap();
+            supervisor.check_state(of("vm.signal"), slot).unwrap();
+            assert!(supervisor.helpers.run("other", || true).await.unwrap());
+            release.send(()).unwrap();
+            assert!(act.await.unwrap().unwrap(), "its result is not lost");
+            assert_eq!(state(), SlotState::Claimed);
+        });
+    }
+
+    #[test]
+    fn a_helper_that_panics_is_an_error_of_its_caller_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let supervisor = supervisor(directory.path());
+            let error = supervisor.helpers.run("a step", || -> u8 { panic!("as a bug would") }).await.unwrap_err();
+            assert_eq!(error.kind(), "failed");
+            assert!(supervisor.helpers.run("next", || true).await.unwrap());
+        });
+    }
+}
