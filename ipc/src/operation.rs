@@ -471,7 +471,7 @@ pub struct Signalled {
 pub enum ExitStatus {
     Code(i32),
     Signal(i32),
-    /// It ended while nobody was there to be told how (no supervisor, and a kernel below 6.15).
+    /// It ended while nobody was there to be told how: no supervisor ran, or it was adopted and the kernel is older than 6.15.
     Unknown,
 }
 

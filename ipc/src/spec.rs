@@ -106,7 +106,8 @@ pub enum FdKind {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FdAccess {
-    /// `O_WRONLY` and `O_APPEND`, so that whoever holds it can't overwrite what is there.
+    /// `O_WRONLY` and `O_APPEND`: QEMU and the worker write to the end, whoever truncates or rotates the file. No protection from a holder who means harm: it can
+    /// clear the flag (fcntl(2)), and truncate.
     Append,
     ReadOnly,
     ReadWrite,

@@ -5,8 +5,7 @@
 //! ```
 
 use crate::audit::{Fields, push, quoted};
-use crate::session::Sessions;
-use crate::state::{Given, Supervisor};
+use crate::state::{Given, InFlight, Supervisor};
 use crate::vm;
 use diarch_ipc::Error;
 use diarch_ipc::frame::Call;
@@ -63,24 +62,27 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
     let row = call.request.operation();
     let id = call.id;
     let patience = Duration::from_millis(call.deadline_ms.into());
+    let started = Instant::now();
     let running = supervisor.in_flight.borrow().get(&id).cloned();
+    let admitted = admit(supervisor, asker, row, started).and_then(|()| match &running {
+        Some(other) if other.request != call.request => Err(Error::invalid("id", "under this id, another request is being worked on")),
+        _ => Ok(()),
+    });
+    if let Err(error) = admitted {
+        let given = Err(error);
+        if !limited(&given) {
+            let records: [(&str, Fields<'_>); 2] =
+                [("intent", &|line| intent(line, asker, row, &call, Asked::First)), ("outcome", &|line| outcome(line, row, id, &given, started))];
+            let _ = supervisor.audit.borrow_mut().append_all(&records);
+        }
+        return given;
+    }
     let mut result = match running {
         Some(running) => {
             let _ = supervisor.audit.borrow_mut().append_all(&[("intent", &|line| intent(line, asker, row, &call, Asked::Again))]);
-            running
+            running.result
         }
         None => {
-            let started = Instant::now();
-            let admitted = admit(supervisor, asker, row, started);
-            if let Err(error) = admitted {
-                let given = Err(error);
-                if !limited(&given) {
-                    let records: [(&str, Fields<'_>); 2] =
-                        [("intent", &|line| intent(line, asker, row, &call, Asked::First)), ("outcome", &|line| outcome(line, row, id, &given, started))];
-                    let _ = supervisor.audit.borrow_mut().append_all(&records);
-                }
-                return given;
-            }
             let written = supervisor.audit.borrow_mut().append_all(&[("intent", &|line| intent(line, asker, row, &call, Asked::First))]);
             if let (Err(fault), Effect::Grant) = (written, row.effect) {
                 return Err(Error::Failed { step: "audit".into(), errno: None, detail: format!("{fault}: nothing is granted until it can") });
@@ -102,11 +104,11 @@ fn lost_result() -> Error {
 fn begin(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: Vec<OwnedFd>, started: Instant) -> watch::Receiver<Option<Given>> {
     let (done, result) = watch::channel(None);
     let id = call.id;
-    supervisor.in_flight.borrow_mut().insert(id, result.clone());
+    supervisor.in_flight.borrow_mut().insert(id, InFlight { request: call.request.clone(), result: result.clone() });
     let supervisor = Rc::clone(supervisor);
     tokio::task::spawn_local(async move {
         // Also when the handler panics: the entry must not stay.
-        let _entry = InFlight { supervisor: Rc::clone(&supervisor), id };
+        let _entry = Entry { supervisor: Rc::clone(&supervisor), id };
         let given = handle(&supervisor, row, call, fds).await;
         let _ = supervisor.audit.borrow_mut().append_all(&[("outcome", &|line| outcome(line, row, id, &given, started))]);
         supervisor.sync_soon();
@@ -115,12 +117,12 @@ fn begin(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: 
     result
 }
 
-struct InFlight {
+struct Entry {
     supervisor: Rc<Supervisor>,
     id: RequestId,
 }
 
-impl Drop for InFlight {
+impl Drop for Entry {
     fn drop(&mut self) {
         self.supervisor.in_flight.borrow_mut().remove(&self.id);
     }
@@ -140,11 +142,9 @@ async fn handle(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call
 }
 
 fn admit(supervisor: &Supervisor, asker: &Asker, row: &Operation, now: Instant) -> Result<(), Error> {
-    let active = |sessions: &Sessions| sessions.is_active(asker.session);
-    if !active(&supervisor.sessions) {
-        return Err(Error::Superseded);
-    }
-    supervisor.limiter.borrow_mut().admit(row.class, now)
+    // The limits first: what they refuse is counted and not written, whoever asks.
+    supervisor.limiter.borrow_mut().admit(row.class, now)?;
+    if supervisor.sessions.is_active(asker.session) { Ok(()) } else { Err(Error::Superseded) }
 }
 
 /// A refusal by the limiter is counted, not written: a storm must not fill the audit's disk.

@@ -223,12 +223,15 @@ impl Grants {
             }
         }
         let limits = &self.limits;
-        for (field, per_second, burst) in [
-            ("limits.read_per_second", limits.read_per_second, limits.read_burst),
-            ("limits.ensure_per_second", limits.ensure_per_second, limits.ensure_burst),
-            ("limits.once_per_second", limits.once_per_second, limits.once_burst),
+        for (field, value) in [
+            ("limits.read_per_second", limits.read_per_second),
+            ("limits.read_burst", limits.read_burst),
+            ("limits.ensure_per_second", limits.ensure_per_second),
+            ("limits.ensure_burst", limits.ensure_burst),
+            ("limits.once_per_second", limits.once_per_second),
+            ("limits.once_burst", limits.once_burst),
         ] {
-            if per_second == 0 || burst == 0 {
+            if value == 0 {
                 return refuse(field, "a limit of zero would stop everything, and stopping a VM with it; 1 is the least".into());
             }
         }
@@ -254,7 +257,13 @@ pub fn open_trusted(path: &Path, owner: u32) -> Result<File, GrantsError> {
         check_owner(directory, &meta, owner, if sticky { 0 } else { 0o022 })?;
     }
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file: File = rustix::fs::open(&absolute, flags, Mode::empty()).map_err(|error| io(path, error.into()))?.into();
+    let file: File = match rustix::fs::open(&absolute, flags, Mode::empty()) {
+        Ok(file) => file.into(),
+        Err(rustix::io::Errno::LOOP) => {
+            return Err(GrantsError::Untrusted { path: path.to_owned(), reason: "is a symbolic link".into(), mend: "name the file by its real path".into() });
+        }
+        Err(error) => return Err(io(path, error.into())),
+    };
     let meta = file.metadata().map_err(|error| io(path, error))?;
     if !meta.is_file() {
         return Err(GrantsError::Untrusted { path: path.to_owned(), reason: "is not a regular file".into(), mend: "write it as one".into() });

@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 /// One token, in the unit that buckets count in.
 const TOKEN: u64 = 1_000_000;
 
+/// Connections and refusals that are written to the audit one by one; an honest worker makes a few a day.
+const NOTES_PER_SECOND: u32 = 5;
+const NOTES_BURST: u32 = 100;
+
 /// One bucket. Tokens are counted in millionths: microseconds times the rate, with nothing rounded away.
 #[derive(Debug)]
 struct Bucket {
@@ -46,7 +50,8 @@ pub struct Limiter {
     read: Bucket,
     ensure: Bucket,
     once: Bucket,
-    /// Refusals that were not written to the audit one by one, since the last time they were counted there.
+    notes: Bucket,
+    /// What was not written to the audit one by one, since the last time it was counted there.
     refused: u64,
 }
 
@@ -56,6 +61,7 @@ impl Limiter {
             read: Bucket::new(limits.read_per_second, limits.read_burst, now),
             ensure: Bucket::new(limits.ensure_per_second, limits.ensure_burst, now),
             once: Bucket::new(limits.once_per_second, limits.once_burst, now),
+            notes: Bucket::new(NOTES_PER_SECOND, NOTES_BURST, now),
             refused: 0,
         }
     }
@@ -73,6 +79,13 @@ impl Limiter {
             let retry_after_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).max(1);
             Error::Exhausted { what: format!("{} requests a second", diarch_ipc::operation::word(class)), limit, retry_after_ms: Some(retry_after_ms) }
         })
+    }
+
+    /// Whether something that anybody can cause by connecting may be written to the audit; what may not is counted.
+    pub fn admit_note(&mut self, now: Instant) -> bool {
+        let admitted = self.notes.take(now).is_ok();
+        self.refused += u64::from(!admitted);
+        admitted
     }
 
     /// The refusals since this was last asked.
@@ -97,6 +110,15 @@ mod tests {
         limiter.admit(Class::Once, start + Duration::from_millis(101)).unwrap();
         limiter.admit(Class::Once, start + Duration::from_millis(110)).unwrap_err();
         assert_eq!(limiter.take_refused(), 2);
+    }
+
+    #[test]
+    fn connections_fill_the_audit_only_slowly() {
+        let start = Instant::now();
+        let mut limiter = Limiter::new(&Limits::default(), start);
+        let written = (0..10_000u64).filter(|n| limiter.admit_note(start + Duration::from_millis(*n / 10))).count();
+        assert!((100..=106).contains(&written), "{written}");
+        assert_eq!(limiter.take_refused(), 10_000 - written as u64);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::ledger::Ledger;
 use crate::limiter::Limiter;
 use crate::server::Server;
 use crate::state::Supervisor;
+use crate::vm::adopt::Findings;
 use crate::{listen, privilege, vm};
 use diarch_ipc::operation::KvmVerdict;
 use diarch_ipc::peer::Expected;
@@ -41,6 +42,8 @@ pub enum StartError {
     Kernel(String),
     #[error("the grants are refused: {0}")]
     Grants(#[from] crate::grants::GrantsError),
+    #[error("/proc hides other users' processes from the supervisor (mount options hidepid= and gid=): remount it with gid=0")]
+    HiddenProc,
     #[error("{step}: {error}")]
     Io { step: &'static str, error: std::io::Error },
 }
@@ -68,7 +71,12 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
     privilege::shed().map_err(at("giving up capabilities"))?;
 
     let expected = Expected { uid, unit: grants.worker.unit.clone() };
+    // With /proc mounted hidepid and a gid= that is not root's, running VMs would look like ended ones.
+    if std::fs::read("/proc/1/stat").is_err() {
+        return Err(StartError::HiddenProc);
+    }
     let qemu_grants = vm::inventory::qemu_grants(&grants);
+    let findings = vm::adopt::find(&ledger).map_err(at("the ledger"))?;
     let supervisor = Rc::new(Supervisor {
         limiter: Limiter::new(&grants.limits, Instant::now()).into(),
         kvm: if grants.vms.kvm { KvmVerdict::Probing } else { KvmVerdict::NotGranted }.into(),
@@ -82,6 +90,7 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
         kernel,
         audit: audit.into(),
         slots: std::cell::RefCell::default(),
+        closed: findings.unreadable.iter().map(|lost| lost.slot).collect(),
         in_flight: std::cell::RefCell::default(),
         sync_scheduled: std::cell::Cell::default(),
         sync_wanted: tokio::sync::Notify::new(),
@@ -94,11 +103,10 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
         .thread_name("diarch-helper")
         .build()
         .map_err(at("the runtime"))?;
-    tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, expected, socket))
+    tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, findings, expected, socket))
 }
 
-async fn serve(supervisor: Rc<Supervisor>, expected: Expected, socket: OwnedFd) -> Result<(), StartError> {
-    let findings = vm::adopt::find(&supervisor.ledger).map_err(at("the ledger"))?;
+async fn serve(supervisor: Rc<Supervisor>, findings: Findings, expected: Expected, socket: OwnedFd) -> Result<(), StartError> {
     let adopted = findings.found.iter().filter(|found| found.pidfd.is_some()).count();
     let _ = supervisor
         .audit

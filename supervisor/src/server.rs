@@ -8,7 +8,7 @@ use diarch_ipc::Error;
 use diarch_ipc::channel::{Channel, ReceiveError, Receiver};
 use diarch_ipc::frame::{Answer, ClientFrame, Hello, Malformed, Outcome, ServerFrame, encode, printable};
 use diarch_ipc::name::RequestId;
-use diarch_ipc::operation::{Class, Event};
+use diarch_ipc::operation::{Class, Event, KvmVerdict};
 use diarch_ipc::peer::{Expected, Peer};
 use interprocess::local_socket::tokio::{Listener, Stream, prelude::*};
 use std::cell::{Cell, RefCell};
@@ -81,7 +81,7 @@ impl Server {
         tokio::task::spawn_local(async move {
             if let Err(error) = connection(&supervisor, &expected, &channel, &place).await {
                 tracing::warn!(%error, "connection refused");
-                supervisor.note(&format!("connection refused: {error}"));
+                supervisor.note_connection(&format!("connection refused: {error}"));
                 let _ = tokio::time::timeout(Duration::from_millis(100), channel.send(&ServerFrame::Refused(error), &[])).await;
             }
         });
@@ -185,7 +185,7 @@ async fn converse(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc
     let session = supervisor.sessions.begin(channel);
     let asker = Asker::new(session, &peer);
     tracing::info!(session, uid = peer.uid, pid = peer.pid, "worker connected");
-    supervisor.note(&format!("session {session} began: version {}", diarch_ipc::VERSION));
+    supervisor.note_connection(&format!("session {session} began: uid {} pid {} version {}", peer.uid, peer.pid, diarch_ipc::VERSION));
     let ended = requests(supervisor, &asker, channel, &mut receiver).await;
     tracing::info!(session, "worker disconnected");
     ended
@@ -263,7 +263,7 @@ impl Supervisor {
             }
             let refused = self.limiter.borrow_mut().take_refused();
             if refused > 0 {
-                self.note(&format!("{refused} requests refused by the limits on requests a second"));
+                self.note(&format!("{refused} requests and connections over the limits were not written here one by one"));
             }
             let handle = self.audit.borrow().sync_handle();
             if let Ok(file) = handle {
@@ -278,7 +278,11 @@ impl Supervisor {
     /// Tells the worker when the KVM probe has ended.
     pub async fn probe_kvm(&self) {
         let Some(uid) = self.grants.vms.uid_first.checked_add(self.grants.vms.max.into()) else { return };
-        if let Ok(verdict) = self.helpers.run("probe KVM", move || crate::kvm::probe_as(uid)).await {
+        // Left by grants with another range: a VM's process must not be within the probe's reach, nor the probe in a VM's.
+        let taken = self.slots.borrow().values().any(|vm| vm.record.uid == uid);
+        let reason = format!("the user id {uid} of the probe (uid_first + max) is a VM's from before the grants were changed");
+        let probe = move || if taken { KvmVerdict::Absent { reason } } else { crate::kvm::probe_as(uid) };
+        if let Ok(verdict) = self.helpers.run("probe KVM", probe).await {
             tracing::info!(?verdict, "KVM probed");
             self.note(&format!("kvm: {verdict:?}"));
             self.kvm.replace(verdict.clone());

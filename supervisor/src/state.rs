@@ -9,9 +9,9 @@ use crate::qemu::HashCache;
 use crate::session::Sessions;
 use diarch_ipc::Error;
 use diarch_ipc::name::{RequestId, Slot};
-use diarch_ipc::operation::{Event, KvmVerdict, Operation, Reply, SlotState};
+use diarch_ipc::operation::{Event, KvmVerdict, Operation, Reply, Request, SlotState};
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
@@ -31,14 +31,23 @@ pub struct Supervisor {
     pub audit: RefCell<Audit>,
     pub limiter: RefCell<Limiter>,
     pub slots: RefCell<BTreeMap<Slot, Vm>>,
+    /// Slots whose record can't be read: given to nobody.
+    pub closed: BTreeSet<Slot>,
     /// Requests that are being worked on, for those that ask again meanwhile.
-    pub in_flight: RefCell<HashMap<RequestId, watch::Receiver<Option<Given>>>>,
+    pub in_flight: RefCell<HashMap<RequestId, InFlight>>,
     pub sync_scheduled: Cell<bool>,
     pub sync_wanted: tokio::sync::Notify,
 }
 
 /// What a handler gives: the reply with its descriptors, or a refusal. Cheap to clone, since a repeated request gets the same.
 pub type Given = Result<(Reply, Vec<Rc<OwnedFd>>), Error>;
+
+/// A request that is being worked on, and where its result will be.
+#[derive(Clone)]
+pub struct InFlight {
+    pub request: Request,
+    pub result: watch::Receiver<Option<Given>>,
+}
 
 /// One slot.
 pub struct Vm {
@@ -133,6 +142,14 @@ impl Supervisor {
         }
     }
 
+    /// As [`Supervisor::note`], for what anybody can cause by connecting: a storm of it must not fill the audit's disk.
+    pub fn note_connection(&self, text: &str) {
+        if self.limiter.borrow_mut().admit_note(std::time::Instant::now()) {
+            self.note(text);
+        }
+        self.sync_soon();
+    }
+
     /// Writes something that happened by itself into the audit; a failure is counted there.
     pub fn note(&self, text: &str) {
         let _ = self.audit.borrow_mut().append("note", &format!(",\"text\":{}", crate::audit::quoted(text, 500)));
@@ -162,6 +179,7 @@ mod tests {
             kernel: String::new(),
             audit: Audit::open(&directory.join("audit")).unwrap().into(),
             slots: RefCell::default(),
+            closed: BTreeSet::new(),
             in_flight: RefCell::default(),
             sync_scheduled: Cell::default(),
             sync_wanted: tokio::sync::Notify::new(),

@@ -4,7 +4,7 @@
 //!   log_directory/NAME.console.log    log_directory/NAME.qemu.log      (each with one older generation, `.1`)
 //! ```
 //!
-//! QEMU gets them as descriptors that can only append, and goes on writing when both halves of Diarch are gone.
+//! QEMU gets them as descriptors opened for appending, and goes on writing when both halves of Diarch are gone.
 
 use diarch_ipc::frame::printable;
 use diarch_ipc::name::Label;

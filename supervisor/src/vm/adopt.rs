@@ -67,8 +67,11 @@ pub fn find(ledger: &Ledger) -> io::Result<Findings> {
             }
             SlotState::Running => {}
             SlotState::Releasing => {
-                if let Some(pidfd) = &pidfd {
-                    release::end(pidfd).map_err(|error| io::Error::other(error.to_string()))?;
+                // What can't be ended now must not keep the others from being found: the worker's release tries again.
+                if let Some(Err(error)) = pidfd.as_ref().map(release::end) {
+                    findings.notes.push(format!("slot {slot} ({}): its release could not be finished: {error}", record.label));
+                    findings.found.push(Found { record, pidfd });
+                    continue;
                 }
                 ledger.remove(slot)?;
                 findings.notes.push(format!("slot {slot} ({}): its release was finished", record.label));

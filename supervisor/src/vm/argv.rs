@@ -67,7 +67,7 @@ pub fn render(program: &str, slot: Slot, spec: &VmSpec) -> Vec<String> {
         push(&["-blockdev", &file.to_string()]);
         let format = match disk.format {
             DiskFormat::Raw => json!({"driver": "raw", "node-name": format!("disk{n}"), "file": format!("file{n}"), "read-only": read_only}),
-            // No backing file: the image's header could name any path (THREATS 15).
+            // No backing file: the image's header could name any path (THREATS 15). An external data file is refused before (`fd`).
             DiskFormat::Qcow2 => {
                 json!({"driver": "qcow2", "node-name": format!("disk{n}"), "file": format!("file{n}"), "read-only": read_only, "backing": null})
             }

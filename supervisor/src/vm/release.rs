@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// A killed process ends at once, unless it sits in the kernel; longer than this, and the slot stays quarantined.
+/// A killed process ends at once, unless it sits in the kernel; longer than this, and the slot stays `releasing`, until it is released again.
 const END_PATIENCE: Duration = Duration::from_secs(8);
 
 /// What is to be undone.

@@ -21,7 +21,7 @@ use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
 use diarch_ipc::name::{RequestId, Slot};
 use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
-use diarch_ipc::spec::{Accelerator, Boot, Egress, FdRole, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
+use diarch_ipc::spec::{Accelerator, Boot, DiskFormat, Egress, FdRole, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, memfd_create};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -155,10 +155,17 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
     };
     let known = supervisor.hashes.get(&granted.path);
     let roles = ask.spec.fds();
+    let formats: Vec<DiskFormat> = ask.spec.disks.iter().map(|disk| disk.format).collect();
     supervisor
         .act(row, ask.slot, "look at the files", move || {
             for (index, (fd, role)) in fds.iter().zip(&roles).enumerate() {
                 fd::interrogate(fd, *role, index)?;
+            }
+            let disks = fds.iter().enumerate().zip(&roles).filter(|(_, role)| role.name == "disk").map(|(fd, _)| fd);
+            for ((index, fd), format) in disks.zip(&formats) {
+                if *format == DiskFormat::Qcow2 {
+                    fd::no_external_data(fd, index)?;
+                }
             }
             let fds = fds.into_iter().zip(&roles).map(|(fd, role)| openable(fd, *role)).collect::<Result<_, _>>()?;
             let (program, hashed) = qemu::open(&name, &granted, known)?;

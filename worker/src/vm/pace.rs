@@ -6,7 +6,7 @@ use std::time::Duration;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// Longer would leave a VM down whose trouble has passed; shorter would burn the host on one that never comes up.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-/// So many failures in a row without one healthy moment are a mistake that time does not mend (about six minutes of trying).
+/// So many failures in a row without one healthy moment are a mistake that time does not mend (about three minutes of trying).
 const GIVE_UP_AFTER: u32 = 10;
 /// A VM that was healthy for so long has overcome its trouble: the next failure is a first one.
 pub const SETTLED_AFTER: Duration = Duration::from_secs(5 * 60);
