@@ -105,6 +105,8 @@ pub struct Client {
 
 /// The calls without an answer at one time, in all; more wait in the queue.
 const MAX_PENDING: usize = 256;
+/// However soon a limit is said to pass, asking again at once would be a busy loop.
+const SHORTEST_WAIT_MS: u32 = 5;
 /// Between two attempts to connect. Short: a restarting supervisor listens again within a few milliseconds.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(5);
 
@@ -336,7 +338,10 @@ impl Driver {
                     Ok((ServerFrame::Answer(answer), fds)) => match answer.outcome {
                         // A limit on requests a second passes by itself: the same request goes again.
                         Outcome::Error(Error::Exhausted { retry_after_ms: Some(wait), .. }) if self.can_wait(answer.id, wait) => {
-                            later.push((Instant::now() + Duration::from_millis(wait.into()), answer.id));
+                            let at = Instant::now() + Duration::from_millis(wait.max(SHORTEST_WAIT_MS).into());
+                            if later.iter().all(|(_, id)| *id != answer.id) {
+                                later.push((at, answer.id));
+                            }
                             timer.as_mut().reset(self.next_timer(&later));
                         }
                         Outcome::Error(Error::Superseded) => return End::Final(Error::Superseded),

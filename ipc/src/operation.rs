@@ -190,7 +190,7 @@ operations! {
         class: Class::Ensure,
         effect: Effect::Revoke,
         capability: &["CAP_KILL"],
-        states: &[SlotState::Claimed, SlotState::Running, SlotState::Exited, SlotState::Releasing, SlotState::Quarantined],
+        states: &[SlotState::Claimed, SlotState::Spawning, SlotState::Running, SlotState::Exited, SlotState::Releasing, SlotState::Quarantined],
         fds_in: &[],
         fds_out: &[],
         secret_fields: &[],

@@ -61,7 +61,7 @@ fn lookup(step: &str, error: io::Error) -> Error {
     Error::denied("worker.user", format!("the peer's identity can't be looked up ({step}: {error})"))
 }
 
-/// The systemd unit of the process behind `pidfd`: the last `.service` or `.scope` in its cgroup path.
+/// The systemd unit of the process behind `pidfd`.
 fn unit_of(pidfd: &OwnedFd) -> Result<String, Error> {
     let deny = |step: &str, error: io::Error| Error::denied("worker.unit", format!("the peer's unit can't be looked up ({step}: {error})"));
     let pid = pid_of(pidfd).map_err(|e| deny("pidfd", e))?;
@@ -73,10 +73,12 @@ fn unit_of(pidfd: &OwnedFd) -> Result<String, Error> {
     unit_in(&text).ok_or_else(|| deny("cgroup", io::Error::other("it is in no unit of the unified hierarchy")))
 }
 
-/// The unit that a `/proc/PID/cgroup` names: the innermost `.service` or `.scope` of the unified hierarchy's line `0::`.
+/// The unit that a `/proc/PID/cgroup` names in the unified hierarchy's line `0::`: the first part that is not a slice, as systemd has it. Not the
+/// innermost: below a delegated unit (`user@1000.service`) whoever it was delegated to chooses the names.
 pub fn unit_in(cgroup: &str) -> Option<String> {
     let path = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
-    path.split('/').rev().find(|part| part.ends_with(".service") || part.ends_with(".scope")).map(str::to_owned)
+    let first = path.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice"))?;
+    (first.ends_with(".service") || first.ends_with(".scope")).then(|| first.to_owned())
 }
 
 /// The pid behind a pidfd, in our pid namespace (`/proc/self/fdinfo`, see pidfd_open(2)).
@@ -122,11 +124,12 @@ mod tests {
     }
 
     #[test]
-    fn the_unit_is_the_innermost_of_the_unified_hierarchy() {
+    fn the_unit_is_the_first_of_the_unified_hierarchy_below_the_slices() {
         let of = |text| unit_in(text);
         assert_eq!(of("0::/system.slice/diarch-worker.service\n").as_deref(), Some("diarch-worker.service"));
         assert_eq!(of("1:name=systemd:/x.service\n0::/system.slice/diarch-worker.service/sub\n").as_deref(), Some("diarch-worker.service"));
-        assert_eq!(of("0::/user.slice/evil.service/session-1.scope").as_deref(), Some("session-1.scope"));
+        assert_eq!(of("0::/user.slice/user-7.slice/user@7.service/app.slice/diarch-worker.service").as_deref(), Some("user@7.service"), "a delegated tree");
+        assert_eq!(of("0::/some-directory/diarch-worker.service"), None);
         assert_eq!(of("0::/\n"), None);
         assert_eq!(of("1:cpu:/diarch-worker.service\n"), None);
     }

@@ -31,7 +31,6 @@ const MAX_LINE: u64 = 512 * 1024;
 pub struct Audit {
     path: PathBuf,
     file: File,
-    length: u64,
     sequence: u64,
     head: String,
     trouble: Option<String>,
@@ -73,17 +72,8 @@ impl Audit {
         if end.torn > 0 {
             file.set_len(end.whole)?;
         }
-        let mut audit = Self {
-            path: path.to_owned(),
-            file,
-            length: end.whole,
-            sequence: end.sequence,
-            head: end.head,
-            trouble: None,
-            lost: 0,
-            unreported: 0,
-            line: Vec::with_capacity(2048),
-        };
+        let mut audit =
+            Self { path: path.to_owned(), file, sequence: end.sequence, head: end.head, trouble: None, lost: 0, unreported: 0, line: Vec::with_capacity(2048) };
         if end.torn > 0 {
             let _ = audit.append("note", &format!(",\"text\":\"an unfinished line of {} bytes was cut off\"", end.torn));
         }
@@ -155,16 +145,25 @@ impl Audit {
 
     /// All of it or nothing: what a full disk took in part is cut off again.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self.file.write_all(bytes) {
-            Ok(()) => {
-                self.length += bytes.len() as u64;
-                Ok(())
+        let mut written = 0;
+        while written < bytes.len() {
+            let error = match self.file.write(&bytes[written..]) {
+                Ok(0) => io::Error::from(io::ErrorKind::WriteZero),
+                Ok(count) => {
+                    written += count;
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => error,
+            };
+            if written > 0 {
+                // From the file's end as it is now: somebody may have cut it meanwhile (logrotate), and it must not grow by zeros.
+                let length = self.file.metadata()?.len();
+                self.file.set_len(length.saturating_sub(written as u64))?;
             }
-            Err(error) => {
-                self.file.set_len(self.length)?;
-                Err(error)
-            }
+            return Err(error);
         }
+        Ok(())
     }
 
     /// Hands what was written to the disk. Called now and then from a helper thread, never before an answer.
@@ -202,6 +201,9 @@ impl ChainEnd {
         let mut tail = Vec::new();
         Read::by_ref(file).take(MAX_LINE).read_to_end(&mut tail)?;
         let Some(newline) = tail.iter().rposition(|b| *b == b'\n') else {
+            if from > 0 {
+                return Err(io::Error::other("the end of the audit is no line: move the file away to begin a new chain, and keep it as evidence"));
+            }
             return Ok(Self { sequence: 0, head: "0".repeat(64), whole: 0, torn: length });
         };
         let begin = tail[..newline].iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
@@ -263,6 +265,17 @@ mod tests {
         assert_eq!(all.len(), 2);
         assert!(all[1]["text"].as_str().unwrap().contains("12 bytes"));
         assert_eq!(all[1]["prev"], all[0]["hash"]);
+    }
+
+    #[test]
+    fn a_long_tail_without_a_line_erases_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit");
+        Audit::open(&path).unwrap().append("start", "").unwrap();
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(&vec![0; 600 * 1024]).unwrap();
+        let before = std::fs::metadata(&path).unwrap().len();
+        assert!(Audit::open(&path).err().unwrap().to_string().contains("keep it as evidence"));
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), before);
     }
 
     #[test]

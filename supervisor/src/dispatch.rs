@@ -12,11 +12,19 @@ use diarch_ipc::frame::Call;
 use diarch_ipc::name::RequestId;
 use diarch_ipc::operation::{Class, Effect, Operation, Reply, Request};
 use diarch_ipc::peer::Peer;
+use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+
+/// Operations that are worked on at one time, over all sessions and however long their callers wait; what takes something back has as much room again.
+/// Each holds its request and up to 13 descriptors.
+const MAX_WORK: usize = 128;
+/// Arguments in an audit record; longer ones are named by their hash. The largest that can be granted (8 disks, 4 cards with 32 forwards each, a
+/// command line of 2 KiB) stays below.
+const MAX_ARGUMENTS: usize = 24 * 1024;
 
 /// Who asks: a session number and the peer behind it.
 #[derive(Debug, Clone)]
@@ -83,6 +91,10 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
             running.result
         }
         None => {
+            let limit = if row.effect == Effect::Grant { MAX_WORK } else { 2 * MAX_WORK };
+            if supervisor.in_flight.borrow().len() >= limit {
+                return Err(Error::Exhausted { what: "operations at one time".into(), limit: limit as u64, retry_after_ms: Some(100) });
+            }
             let written = supervisor.audit.borrow_mut().append_all(&[("intent", &|line| intent(line, asker, row, &call, Asked::First))]);
             if let (Err(fault), Effect::Grant) = (written, row.effect) {
                 return Err(Error::Failed { step: "audit".into(), errno: None, detail: format!("{fault}: nothing is granted until it can") });
@@ -95,6 +107,16 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
         Ok(Err(_)) => Err(lost_result()),
         Err(_) => Err(Error::Timeout { step: row.name.into(), after_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX) }),
     }
+}
+
+/// Refuses a request of a worker that was replaced.
+pub fn superseded(supervisor: &Supervisor, asker: &Asker, call: &Call) -> Given {
+    let (row, started) = (call.request.operation(), Instant::now());
+    let given = Err(Error::Superseded);
+    let records: [(&str, Fields<'_>); 2] =
+        [("intent", &|line| intent(line, asker, row, call, Asked::First)), ("outcome", &|line| outcome(line, row, call.id, &given, started))];
+    let _ = supervisor.audit.borrow_mut().append_all(&records);
+    given
 }
 
 fn lost_result() -> Error {
@@ -166,13 +188,20 @@ fn intent(line: &mut Vec<u8>, asker: &Asker, row: &Operation, call: &Call, asked
     }
     line.extend_from_slice(b",\"arguments\":");
     // The decoded value, never the bytes; printable, since every string in it is of a checked type. Writing to memory can't fail.
+    let start = line.len();
     if row.secret_fields.is_empty() {
-        let _ = serde_json::to_writer(line, &call.request);
+        let _ = serde_json::to_writer(&mut *line, &call.request);
     } else if let Ok(mut value) = serde_json::to_value(&call.request) {
         hide(&mut value, row.secret_fields);
         push(line, format_args!("{value}"));
     } else {
         line.extend_from_slice(b"null");
+    }
+    let length = line.len() - start;
+    if length > MAX_ARGUMENTS {
+        let digest: String = Sha256::digest(&line[start..]).iter().map(|byte| format!("{byte:02x}")).collect();
+        line.truncate(start);
+        push(line, format_args!("{{\"bytes\":{length},\"sha256\":\"{digest}\"}}"));
     }
 }
 

@@ -3,7 +3,7 @@
 
 use diarch_ipc::Error;
 use diarch_ipc::spec::{FdAccess, FdKind, FdRole};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, statx};
 use std::os::fd::OwnedFd;
 
 /// Checks one descriptor against its role. `index` is its place in the frame, for the sentence.
@@ -13,14 +13,20 @@ pub fn interrogate(fd: &OwnedFd, role: FdRole, index: usize) -> Result<(), Error
     if flags.contains(OFlags::PATH) {
         return Err(Error::invalid(field(), "it was opened with O_PATH, which gives no right to the content"));
     }
-    let stat = fstat(fd).map_err(|error| Error::io(field(), &error.into()))?;
-    let found = FileType::from_raw_mode(stat.st_mode);
+    // Without asking the file system anew: a mute one (FUSE, NFS) must not hold a helper thread.
+    let flags_at = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = statx(fd, c"", flags_at, StatxFlags::TYPE | StatxFlags::MODE).map_err(|error| Error::io(field(), &error.into()))?;
+    let found = FileType::from_raw_mode(stat.stx_mode.into());
     let right_kind = match role.kind {
         FdKind::RegularFile => found == FileType::RegularFile,
         FdKind::RegularFileOrBlockDevice => matches!(found, FileType::RegularFile | FileType::BlockDevice),
     };
     if !right_kind {
         return Err(Error::invalid(field(), format!("it is a {}, and a {} is needed", kind_word(found), role_word(role.kind))));
+    }
+    // These three are opened again by QEMU's user, through /proc/self/fd.
+    if matches!(role.name, "kernel" | "initrd" | "firmware") && stat.stx_mode & 0o004 == 0 {
+        return Err(Error::invalid(field(), "QEMU's user can't read it: make the file world-readable, or send a copy in a sealed memfd"));
     }
     let mode = flags & OFlags::RWMODE;
     let (right_access, needed) = match role.access {
@@ -89,6 +95,8 @@ mod tests {
     fn each_role_takes_exactly_its_kind_and_access() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
+        std::fs::write(&path, "").unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o604)).unwrap();
         let log = OpenOptions::new().append(true).create(true).open(&path).unwrap();
         interrogate(&log.into(), spec::LOG, 0).unwrap();
         let ro = || File::open(&path).unwrap();
@@ -97,6 +105,8 @@ mod tests {
         interrogate(&rw().into(), spec::DISK_READ_WRITE, 0).unwrap();
         assert!(refused(rw(), spec::KERNEL).contains("fds[3] (kernel): it must be opened read-only"));
         assert!(refused(ro(), spec::DISK_READ_WRITE).contains("read-write"));
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+        assert!(refused(ro(), spec::KERNEL).contains("world-readable"));
         assert!(refused(OpenOptions::new().write(true).open(&path).unwrap(), spec::LOG).contains("append-only"));
     }
 

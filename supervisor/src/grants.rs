@@ -199,7 +199,7 @@ impl Grants {
         if self.vms.max > diarch_ipc::name::Slot::MAX + 1 {
             return refuse("vms.max", format!("at most {} VMs, and this is {}", diarch_ipc::name::Slot::MAX + 1, self.vms.max));
         }
-        let (worker, _) = self.worker.user.resolve()?;
+        let (worker, group) = self.worker.user.resolve()?;
         // Below 1000 are the host's own users (Debian Policy 9.2.2); 65534 and 65535 mean "nobody" and "no change".
         let Some(last) = self.vms.uid_first.checked_add(u32::from(self.vms.max)).filter(|last| *last < u32::MAX) else {
             return refuse("vms.uid_first", "the range of user ids passes the highest one".into());
@@ -210,6 +210,10 @@ impl Grants {
         }
         if range.contains(&worker) {
             return refuse("vms.uid_first", format!("the worker's own uid {worker} is in the VMs' range {} to {last}", self.vms.uid_first));
+        }
+        // A VM's group is the number of its user.
+        if range.contains(&group) {
+            return refuse("vms.uid_first", format!("the worker's group {group} is in the VMs' range {} to {last}", self.vms.uid_first));
         }
         for (name, qemu) in &self.qemu {
             if QemuName::new(name.as_str()).is_err() {

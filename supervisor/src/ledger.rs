@@ -40,6 +40,7 @@ pub struct Run {
     /// The request that started it: repeated, it gets the same answer.
     pub spawn: RequestId,
     /// SHA-256 of that request, hex: another request under its id is a mistake, and gets told so.
+    #[serde(default)]
     pub asked: String,
     pub process: Option<Process>,
     pub spawned_ms: u64,
@@ -74,12 +75,16 @@ impl Ledger {
         let boot_file = root.join(".boot_id");
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         // A run directory that outlived its boot (not on a tmpfs) speaks of processes that are gone and numbers that are reused.
-        if fs::read_to_string(&boot_file).is_ok_and(|recorded| recorded != boot_id) {
-            tracing::warn!(directory = %root.display(), "the ledger is from before the last boot: cleared");
-            fs::remove_dir_all(&root)?;
-            DirBuilder::new().mode(0o700).create(&root)?;
+        let recorded = fs::read_to_string(&boot_file).unwrap_or_default();
+        if recorded != boot_id {
+            // Only another boot's whole id clears; a missing or torn one is no reason to forget VMs that run.
+            if recorded.trim().len() == boot_id.trim().len() {
+                tracing::warn!(directory = %root.display(), "the ledger is from before the last boot: cleared");
+                fs::remove_dir_all(&root)?;
+                DirBuilder::new().mode(0o700).create(&root)?;
+            }
+            write_whole(&root, ".boot_id", boot_id.as_bytes())?;
         }
-        fs::write(&boot_file, boot_id)?;
         Ok(Self { root })
     }
 
@@ -151,14 +156,20 @@ fn read_record(directory: &Path, slot: Slot) -> io::Result<Record> {
 }
 
 fn write_record(directory: &Path, record: &Record) -> io::Result<()> {
-    let new = directory.join("record.json.new");
+    write_whole(directory, "record.json", &serde_json::to_vec(record)?)
+}
+
+/// A reader finds the old content or the new, and never a part.
+fn write_whole(directory: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+    let new = directory.join(format!("{name}.new"));
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    file.write_all(&serde_json::to_vec(record)?)?;
-    fs::rename(&new, directory.join("record.json"))
+    file.write_all(content)?;
+    fs::rename(&new, directory.join(name))
 }
 
 fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => fs::remove_file(path),
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
@@ -223,7 +234,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(dir.path()).unwrap();
         ledger.create(&record(1)).unwrap();
-        fs::write(dir.path().join("vm/.boot_id"), "another").unwrap();
+        for torn in ["", "0123"] {
+            fs::write(dir.path().join("vm/.boot_id"), torn).unwrap();
+            assert_eq!(Ledger::open(dir.path()).unwrap().load().unwrap().0.len(), 1, "a torn id clears nothing");
+        }
+        fs::write(dir.path().join("vm/.boot_id"), "01234567-89ab-cdef-0123-456789abcdef\n").unwrap();
         assert!(Ledger::open(dir.path()).unwrap().load().unwrap().0.is_empty());
     }
 }

@@ -186,7 +186,8 @@ fn serve(settings: &run::Settings) -> ExitCode {
         }
     };
     // Colour codes in a journal are noise, and a terminal is not where this is read.
-    tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).with_target(false).init();
+    // What can't be written there is dropped: its own complaint about that would panic on the same stream.
+    tracing_subscriber::fmt().log_internal_errors(false).with_ansi(false).with_writer(std::io::stderr).with_target(false).init();
     match run::run(settings, inherited) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -22,17 +22,19 @@ pub fn wait_ended(pidfd: &OwnedFd, within: Duration) -> io::Result<bool> {
     }
 }
 
-/// How a process that has ended did so, reaping it when it is our child.
+/// How a process that has ended did so, reaping it when it is our child. An adopted one is the child of somebody else, who reaps it.
 pub fn reap(pidfd: &OwnedFd) -> ExitStatus {
-    match waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
-        Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => ExitStatus::Code(code),
-            (None, Some(signal)) => ExitStatus::Signal(signal),
-            (None, None) => ExitStatus::Unknown,
-        },
-        // An adopted process is the child of somebody else, who reaps it.
-        _ => exit_of_another(pidfd),
-    }
+    reap_child(pidfd).unwrap_or_else(|| exit_of_another(pidfd))
+}
+
+/// Reaps our own child, at once; `None` for a process that is not ours.
+pub fn reap_child(pidfd: &OwnedFd) -> Option<ExitStatus> {
+    let status = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG).ok()??;
+    Some(match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => ExitStatus::Code(code),
+        (None, Some(signal)) => ExitStatus::Signal(signal),
+        (None, None) => ExitStatus::Unknown,
+    })
 }
 
 nix::ioctl_readwrite!(
@@ -77,25 +79,51 @@ fn wait_status(status: i32) -> ExitStatus {
     }
 }
 
-/// The start time and user of a process, from its `/proc/PID/stat` and `status`.
-pub fn identity(pid: u32) -> Option<(u64, u32)> {
-    let process = procfs::process::Process::new(pid.cast_signed()).ok()?;
-    let stat = process.stat().ok()?;
-    // A zombie has ended, whatever its number still says.
-    if matches!(stat.state, 'Z' | 'X') {
-        return None;
+/// The start time (field 22 of `/proc/PID/stat`) and the effective user of a process. `None`: there is no process of this number; an error: it could not be
+/// looked at, which is something else.
+///
+/// Read as bytes: a process chooses its name, which stands in both files, and may choose one that is not UTF-8. The state letter is not looked
+/// at: a process whose first thread has ended shows as a zombie and lives. Only its pidfd tells.
+pub fn identity(pid: u32) -> io::Result<Option<(u64, u32)>> {
+    let read = |name: &str| match std::fs::read(format!("/proc/{pid}/{name}")) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(nix::libc::ESRCH) => Ok(None),
+        Err(error) => Err(error),
+    };
+    let (Some(stat), Some(status)) = (read("stat")?, read("status")?) else { return Ok(None) };
+    match (start_time(&stat), effective_uid(&status)) {
+        (Some(start), Some(uid)) => Ok(Some((start, uid))),
+        _ => Err(io::Error::other(format!("/proc/{pid} is not as proc(5) says"))),
     }
-    Some((stat.starttime, process.status().ok()?.euid))
 }
 
-/// A pidfd of the process that the ledger speaks of, if that very process still lives.
-pub fn find(recorded: Process, uid: u32) -> Option<OwnedFd> {
-    let pid = Pid::from_raw(recorded.pid.cast_signed())?;
-    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK).ok()?;
+/// Behind the last `)`: the name before it may hold any byte. The next field is the third.
+fn start_time(stat: &[u8]) -> Option<u64> {
+    let behind = stat.iter().rposition(|byte| *byte == b')')?;
+    let field = stat.get(behind + 1..)?.split(|byte| *byte == b' ').filter(|field| !field.is_empty()).nth(22 - 3)?;
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
+/// `Uid:` real, effective, saved, file system. The name's line comes first, and the kernel escapes line breaks in it.
+fn effective_uid(status: &[u8]) -> Option<u32> {
+    let line = status.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"Uid:"))?;
+    let field = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty()).nth(1)?;
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
+/// A pidfd of the process that the ledger speaks of, if that very process still lives. An error means that this could not be found out, and never that
+/// it has ended.
+pub fn find(recorded: Process, uid: u32) -> io::Result<Option<OwnedFd>> {
+    let Some(pid) = Pid::from_raw(recorded.pid.cast_signed()) else { return Ok(None) };
+    let pidfd = match pidfd_open(pid, PidfdFlags::NONBLOCK) {
+        Ok(pidfd) => pidfd,
+        Err(rustix::io::Errno::SRCH) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
     // The number is looked at through /proc after the handle was taken, and the handle after that: all three are one process.
-    let (start_time, euid) = identity(recorded.pid)?;
-    let alive = diarch_ipc::peer::alive(&pidfd).ok()?;
-    (start_time == recorded.start_time && euid == uid && alive).then_some(pidfd)
+    let found = identity(recorded.pid)?;
+    let alive = diarch_ipc::peer::alive(&pidfd)?;
+    Ok((found == Some((recorded.start_time, uid)) && alive).then_some(pidfd))
 }
 
 /// Whether the process runs under this name (`-name guest=...` is in its argument vector), and is not a half-made child of ours any more.
@@ -128,13 +156,29 @@ mod tests {
     #[test]
     fn a_process_is_found_by_number_start_and_user_and_not_by_two_of_them() {
         let (mut child, _pidfd) = started("sleep 30");
-        let (start_time, uid) = identity(child.id()).unwrap();
+        let (start_time, uid) = identity(child.id()).unwrap().unwrap();
         let recorded = Process { pid: child.id(), start_time };
-        assert!(find(recorded, uid).is_some());
-        assert!(find(Process { start_time: start_time + 1, ..recorded }, uid).is_none());
-        assert!(find(recorded, uid + 1).is_none());
+        assert!(find(recorded, uid).unwrap().is_some());
+        assert!(find(Process { start_time: start_time + 1, ..recorded }, uid).unwrap().is_none());
+        assert!(find(recorded, uid + 1).unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(find(recorded, uid).is_none());
+        assert!(find(recorded, uid).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_process_is_found_whatever_it_calls_itself() {
+        use std::os::unix::ffi::OsStrExt;
+        let dir = tempfile::tempdir().unwrap();
+        for name in [&b"\xff\xfe"[..], b"a) R 1 1", b"\nUid:\t0 0 0 0"] {
+            let program = dir.path().join(std::ffi::OsStr::from_bytes(name));
+            std::fs::copy("/bin/sleep", &program).unwrap();
+            let mut child = std::process::Command::new(&program).arg("30").spawn().unwrap();
+            let (start_time, uid) = identity(child.id()).unwrap().unwrap();
+            assert_eq!(uid, rustix::process::geteuid().as_raw());
+            assert!(find(Process { pid: child.id(), start_time }, uid).unwrap().is_some());
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
     }
 }

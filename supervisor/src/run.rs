@@ -103,7 +103,10 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
         .thread_name("diarch-helper")
         .build()
         .map_err(at("the runtime"))?;
-    tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, findings, expected, socket))
+    let ended = tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, findings, expected, socket));
+    // A helper that hangs in the kernel must not keep us from ending.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn serve(supervisor: Rc<Supervisor>, findings: Findings, expected: Expected, socket: OwnedFd) -> Result<(), StartError> {

@@ -210,6 +210,11 @@ async fn requests(supervisor: &Rc<Supervisor>, asker: &Asker, channel: &Rc<Chann
         if fds.len() != expected {
             return Err(hostile(&Malformed::WrongFdCount { expected, got: fds.len() }.into()));
         }
+        if !supervisor.sessions.is_active(asker.session) {
+            // Told once, and gone: a replaced worker must not use up what the present one may ask for.
+            let given = dispatch::superseded(supervisor, asker, &call);
+            return send(channel, call.id, given, &mut bytes).await;
+        }
         if call.request.operation().class == Class::Read {
             let given = dispatch::read(supervisor, asker, &call);
             send(channel, call.id, given, &mut bytes).await?;

@@ -89,6 +89,13 @@ impl Supervisor {
         Ok(lock.lock_owned().await)
     }
 
+    /// Takes the slot's lock if nobody has it.
+    pub fn try_lock(&self, slot: Slot) -> Result<OwnedMutexGuard<()>, Error> {
+        let lock = self.with(slot, |vm| vm.lock.clone())?;
+        let busy = |_| Error::Conflict { holder: format!("slot {slot}"), reason: "another operation on it is under way".into() };
+        lock.try_lock_owned().map_err(busy)
+    }
+
     /// Refuses what the table says is not legal in the slot's state.
     pub fn check_state(&self, row: &Operation, slot: Slot) -> Result<(), Error> {
         let state = self.with(slot, Vm::state)?;
@@ -108,6 +115,17 @@ impl Supervisor {
         Ok(())
     }
 
+    /// As [`Supervisor::record`], for what is so, whether it can be written down or not: /run may be full. A restarted supervisor will find it
+    /// out again.
+    pub fn record_or_believe(&self, record: Record) {
+        if let Err(error) = self.record(record.clone()) {
+            tracing::error!(slot = %record.slot, state = record.state.as_str(), %error, "the ledger can't be written");
+            if let Some(vm) = self.slots.borrow_mut().get_mut(&record.slot) {
+                vm.record = record;
+            }
+        }
+    }
+
     /// Does an effect on a helper thread. If it does not end within the operation's deadline, the slot is quarantined until it does.
     pub async fn act<T: Send + 'static>(
         self: &Rc<Self>,
@@ -116,8 +134,11 @@ impl Supervisor {
         step: &'static str,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Error> {
-        let mut running = std::pin::pin!(self.helpers.run(step, work));
-        match tokio::time::timeout(Duration::from_millis(row.deadline_ms.into()), running.as_mut()).await {
+        let patience = Duration::from_millis(row.deadline_ms.into());
+        // Waiting for a thread is not the slot's fault, and quarantines nothing.
+        let place = self.helpers.place(row.effect, patience).await?;
+        let mut running = std::pin::pin!(self.helpers.run_in(place, step, work));
+        match tokio::time::timeout(patience, running.as_mut()).await {
             Ok(done) => done,
             Err(_) => {
                 self.quarantine(slot, Some(format!("{step} did not end within {} ms", row.deadline_ms)));

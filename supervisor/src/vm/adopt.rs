@@ -8,6 +8,7 @@
 //! | spawning        | is gone                                | claimed: whoever asked asks again                   |
 //! | running         | lives                                  | running, adopted                                    |
 //! | running         | is gone                                | exited, how is unknown                              |
+//! | any             | can't be looked at                     | as it was, quarantined: its release looks again     |
 //! | exited          |                                        | exited                                              |
 //! | releasing       | (killed, if it lives)                  | free                                                |
 
@@ -28,6 +29,8 @@ const HALF_MADE_PATIENCE: Duration = Duration::from_secs(2);
 pub struct Found {
     pub record: Record,
     pub pidfd: Option<OwnedFd>,
+    /// Why its process could not be looked at.
+    pub trouble: Option<String>,
 }
 
 /// What was found, in sentences for the audit.
@@ -44,7 +47,16 @@ pub fn find(ledger: &Ledger) -> io::Result<Findings> {
     for mut record in records {
         let slot = record.slot;
         let process = record.run.as_ref().and_then(|run| run.process);
-        let mut pidfd = process.and_then(|process| process::find(process, record.uid));
+        let mut pidfd = match process.map_or(Ok(None), |process| process::find(process, record.uid)) {
+            Ok(pidfd) => pidfd,
+            Err(error) => {
+                // "Can't look" is not "gone": the slot, its user id and its memory stay taken until it can be looked at.
+                let trouble = format!("its process can't be looked at: {error}");
+                findings.notes.push(format!("slot {slot} ({}): {trouble}", record.label));
+                findings.found.push(Found { record, pidfd: None, trouble: Some(trouble) });
+                continue;
+            }
+        };
         let was = record.state;
         match was {
             SlotState::Claimed | SlotState::Exited | SlotState::Quarantined => pidfd = None,
@@ -70,21 +82,28 @@ pub fn find(ledger: &Ledger) -> io::Result<Findings> {
                 // What can't be ended now must not keep the others from being found: the worker's release tries again.
                 if let Some(Err(error)) = pidfd.as_ref().map(release::end) {
                     findings.notes.push(format!("slot {slot} ({}): its release could not be finished: {error}", record.label));
-                    findings.found.push(Found { record, pidfd });
+                    findings.found.push(Found { record, pidfd, trouble: None });
                     continue;
                 }
-                ledger.remove(slot)?;
+                if let Err(error) = ledger.remove(slot) {
+                    findings.notes.push(format!("slot {slot} ({}): its release could not be finished: {error}", record.label));
+                    findings.found.push(Found { record, pidfd: None, trouble: None });
+                    continue;
+                }
                 findings.notes.push(format!("slot {slot} ({}): its release was finished", record.label));
                 continue;
             }
         }
         if record.state != was {
             findings.notes.push(format!("slot {slot} ({}): was {}, found {}", record.label, was.as_str(), record.state.as_str()));
-            ledger.write(&record)?;
+            // A full tmpfs must not keep the VMs from being found: what is in memory counts, and the next start finds the same again.
+            if let Err(error) = ledger.write(&record) {
+                findings.notes.push(format!("slot {slot}: that could not be written down: {error}"));
+            }
         } else if pidfd.is_some() {
             findings.notes.push(format!("slot {slot} ({}): adopted", record.label));
         }
-        findings.found.push(Found { record, pidfd });
+        findings.found.push(Found { record, pidfd, trouble: None });
     }
     for lost in &findings.unreadable {
         findings.notes.push(format!("slot {}: its record can't be read ({}); the slot stays closed, and its processes are left alone", lost.slot, lost.reason));
@@ -97,17 +116,17 @@ fn half_made(recorded: crate::ledger::Process, record: &Record) -> Option<OwnedF
     let name = argv::process_name(record.slot);
     let until = Instant::now() + HALF_MADE_PATIENCE;
     loop {
-        let (start_time, _) = process::identity(recorded.pid)?;
+        let (start_time, _) = process::identity(recorded.pid).ok()??;
         if start_time != recorded.start_time {
             return None;
         }
-        let found = process::find(recorded, record.uid);
+        let found = process::find(recorded, record.uid).ok()?;
         if found.is_some() && process::runs_as(recorded.pid, &name) {
             return found;
         }
         if Instant::now() >= until {
             // It neither became QEMU nor went: end it, while its identity is beyond doubt.
-            if let Some(pidfd) = found.or_else(|| process::find(recorded, 0)) {
+            if let Some(pidfd) = found.or_else(|| process::find(recorded, 0).ok()?) {
                 let _ = release::end(&pidfd);
             }
             return None;
@@ -118,10 +137,11 @@ fn half_made(recorded: crate::ledger::Process, record: &Record) -> Option<OwnedF
 
 /// Takes over what was found.
 pub fn adopt(supervisor: &Rc<Supervisor>, found: Vec<Found>) {
-    for Found { record, pidfd } in found {
+    for Found { record, pidfd, trouble } in found {
         let (slot, spawn) = (record.slot, record.run.as_ref().map(|run| run.spawn));
         let mut vm = Vm::new(record);
         vm.adopted = pidfd.is_some();
+        vm.quarantined = trouble;
         vm.pidfd = pidfd.map(Rc::new);
         let pidfd = vm.pidfd.clone();
         supervisor.slots.borrow_mut().insert(slot, vm);

@@ -24,6 +24,7 @@ use std::ffi::{CString, c_char, c_int, c_long};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// A process to be made.
@@ -43,16 +44,28 @@ pub struct Plan {
     pub max_open_files: u64,
 }
 
-/// A child that waits at the gate. Dropped, it is told to go.
+/// A child that waits at the gate. Dropped, it is told to go, and is reaped.
 #[derive(Debug)]
 pub struct Gated {
     pub pid: u32,
     pub pidfd: OwnedFd,
-    gate: UnixStream,
+    gate: Option<UnixStream>,
+}
+
+impl Drop for Gated {
+    fn drop(&mut self) {
+        // Open still: nothing was let through, and the child goes as soon as it sees the end.
+        if self.gate.take().is_some() && crate::process::wait_ended(&self.pidfd, Duration::from_secs(1)).unwrap_or(false) {
+            crate::process::reap(&self.pidfd);
+        }
+    }
 }
 
 /// The steps of the child that can fail, for the sentence.
 const STEPS: [&str; 8] = ["gate", "signals", "descriptors", "limits", "capabilities", "groups", "user", "execve"];
+
+/// linux/keyctl.h.
+const KEYCTL_JOIN_SESSION_KEYRING: c_long = 1;
 
 /// What the child needs, as plain memory.
 struct Prepared {
@@ -66,8 +79,13 @@ struct Prepared {
     gate: RawFd,
 }
 
+/// One at a time: two children that inherit each other's gate would each keep the other from seeing our death, and wait for ever. In turn, the younger goes
+/// first, and with it its copy of the elder's gate.
+static ONE_FORK: Mutex<()> = Mutex::new(());
+
 /// Forks. The child does nothing until [`Gated::open`].
 pub fn fork(plan: Plan) -> Result<Gated, Error> {
+    let _one = ONE_FORK.lock().unwrap_or_else(PoisonError::into_inner);
     let step = |name: &str, error: io::Error| Error::io(name, &error);
     let (ours, theirs) = UnixStream::pair().map_err(|e| step("gate", e))?;
     let argv: Vec<CString> =
@@ -95,7 +113,7 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
             // Race-free: the child is ours and not reaped, so its number can't have been given to another.
             let raw = Pid::from_raw(pid.cast_signed()).ok_or_else(|| step("fork", io::Error::from(io::ErrorKind::InvalidData)))?;
             let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK).map_err(|e| step("pidfd_open", e.into()))?;
-            Ok(Gated { pid, pidfd, gate: ours })
+            Ok(Gated { pid, pidfd, gate: Some(ours) })
         }
     }
 }
@@ -104,11 +122,13 @@ impl Gated {
     /// Lets the child go on, and waits until it is the new program.
     pub fn open(mut self, within: Duration) -> Result<OwnedFd, Error> {
         let step = |name: &str, error: &io::Error| Error::io(name, error);
-        self.gate.write_all(&[1]).map_err(|e| step("gate", &e))?;
-        self.gate.set_read_timeout(Some(within)).map_err(|e| step("gate", &e))?;
+        let pidfd = self.pidfd.try_clone().map_err(|e| step("dup", &e))?;
+        let Some(mut gate) = self.gate.take() else { return Err(Error::Failed { step: "gate".into(), errno: None, detail: "it was opened before".into() }) };
+        gate.set_read_timeout(Some(within)).map_err(|e| step("gate", &e))?;
+        gate.write_all(&[1]).map_err(|e| step("gate", &e))?;
         let mut report = [0u8; 8];
-        match self.gate.read_exact(&mut report) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(self.pidfd),
+        match gate.read_exact(&mut report) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(pidfd),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
                 Err(Error::Timeout { step: "exec".into(), after_ms: u64::try_from(within.as_millis()).unwrap_or(u64::MAX) })
@@ -214,6 +234,12 @@ fn confine(with: &mut Prepared, parents_end: RawFd) -> (u32, c_int) {
     check!(5, libc::syscall(libc::SYS_setresgid, with.uid, with.uid, with.uid));
     // Leaving uid 0 clears every capability set (capabilities(7)).
     check!(6, libc::syscall(libc::SYS_setresuid, with.uid, with.uid, with.uid));
+    // A session keyring of its own: the one inherited is root's, and whoever possesses it reads what is in it (keyrings(7)). ENOSYS: a kernel
+    // without keys.
+    // SAFETY: a system call with an integer and a null pointer.
+    if unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<c_char>()) } < 0 && Errno::last_raw() != libc::ENOSYS {
+        return (6, Errno::last_raw());
+    }
 
     let environment = [c"LC_ALL=C".as_ptr(), std::ptr::null()];
     check!(7, libc::syscall(libc::SYS_execveat, with.program, c"".as_ptr(), with.argv.as_ptr(), environment.as_ptr(), libc::AT_EMPTY_PATH));

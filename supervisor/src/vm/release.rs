@@ -31,7 +31,8 @@ pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
         Err(Error::NotFound { .. }) => return Ok(Released { existed: false }),
         other => other?,
     };
-    supervisor.record(vetted.record.clone())?;
+    // Undoing may be done twice, so it goes on when /run is full: with the old record there, a restarted supervisor finds the process gone.
+    supervisor.record_or_believe(vetted.record.clone());
     let ledger = supervisor.ledger.clone();
     supervisor.act(row, slot, "release", move || undo(vetted, &ledger)).await??;
     supervisor.slots.borrow_mut().remove(&slot);
@@ -48,8 +49,15 @@ fn vet(supervisor: &Supervisor, row: &Operation, slot: Slot) -> Result<Vetted<Un
 /// In reverse: the process, and then what it stood on.
 fn undo(vetted: Vetted<Undo>, ledger: &Ledger) -> Result<(), Error> {
     let undo = vetted.into_inner();
-    if let Some(pidfd) = &undo.pidfd {
-        end(pidfd)?;
+    let recorded = undo.record.run.as_ref().filter(|run| run.exit.is_none()).and_then(|run| run.process);
+    match (&undo.pidfd, recorded) {
+        (Some(pidfd), _) => end(pidfd)?,
+        // It could not be looked at before. Until it can, neither its user id nor its memory is free.
+        (None, Some(recorded)) => {
+            let found = process::find(recorded, undo.record.uid).map_err(|error| Error::io("look at the process", &error))?;
+            found.as_ref().map_or(Ok(()), end)?;
+        }
+        (None, None) => {}
     }
     ledger.remove(undo.record.slot).map_err(|error| Error::io("ledger", &error))
 }

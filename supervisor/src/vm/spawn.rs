@@ -21,8 +21,7 @@ use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
 use diarch_ipc::name::{RequestId, Slot};
 use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
-use diarch_ipc::spec::{Accelerator, Boot, DiskFormat, Egress, FdRole, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, memfd_create};
+use diarch_ipc::spec::{Accelerator, Boot, DiskFormat, Egress, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -33,8 +32,6 @@ use std::time::Duration;
 
 /// Between the opened gate and QEMU's exec lie a few dozen system calls.
 const EXEC_PATIENCE: Duration = Duration::from_secs(5);
-/// A kernel, an initial RAM disk or a firmware that is not world-readable is copied; larger ones are a mistake.
-const MAX_COPY: u64 = 1 << 30;
 /// QEMU's own threads beside the vCPUs: main, I/O workers (64 at most), RCU and some room.
 const OWN_TASKS: u64 = 160;
 /// Descriptors for disks and for the connections of user-mode networking.
@@ -44,7 +41,7 @@ const MAX_OPEN_FILES: u64 = 4096;
 struct Facts {
     program: File,
     hashed: Option<qemu::Hashed>,
-    /// The descriptors, interrogated, and copied where QEMU's user could not open them again.
+    /// The descriptors, interrogated.
     fds: Vec<OwnedFd>,
 }
 
@@ -71,7 +68,8 @@ struct Launched {
 
 pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: RequestId, ask: Spawn, fds: Vec<OwnedFd>) -> Result<Started, Error> {
     let slot = ask.slot;
-    let _lock = supervisor.lock(slot).await?;
+    // Not waited for: whoever asks for two VMs in one slot at one time has lost count, and a queue here would hold descriptors.
+    let _lock = supervisor.try_lock(slot)?;
     if let Some(answer) = asked_before(supervisor, id, &ask)? {
         return Ok(answer);
     }
@@ -89,7 +87,7 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     let launched = match launched {
         Ok(launched) => launched,
         Err(error) => {
-            supervisor.record(before)?;
+            supervisor.record_or_believe(before);
             return Err(error);
         }
     };
@@ -100,7 +98,8 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     let mut record = launched.record;
     record.state = SlotState::Running;
     let answer = spawned(&record)?;
-    supervisor.record(record)?;
+    // The ledger has the pid already; without this write a restarted supervisor looks at the process and finds the same.
+    supervisor.record_or_believe(record);
     let pidfd = Rc::new(launched.pidfd);
     if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
         vm.pidfd = Some(Rc::clone(&pidfd));
@@ -167,34 +166,10 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
                     fd::no_external_data(fd, index)?;
                 }
             }
-            let fds = fds.into_iter().zip(&roles).map(|(fd, role)| openable(fd, *role)).collect::<Result<_, _>>()?;
             let (program, hashed) = qemu::open(&name, &granted, known)?;
             Ok(Facts { program, hashed, fds })
         })
         .await?
-}
-
-/// Kernel, initrd and firmware are opened again by QEMU's user, through `/proc/self/fd`. Where the file's mode doesn't let it, it gets a sealed copy in memory
-/// instead: the worker had the right to read it, and gave it away.
-fn openable(fd: OwnedFd, role: FdRole) -> Result<OwnedFd, Error> {
-    let stat = fstat(&fd).map_err(|error| Error::io("fstat", &error.into()))?;
-    if !matches!(role.name, "kernel" | "initrd" | "firmware") || stat.st_mode & 0o004 != 0 {
-        return Ok(fd);
-    }
-    let io = |error: io::Error| Error::io(format!("copy the {}", role.name), &error);
-    let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
-    if size > MAX_COPY {
-        return Err(Error::invalid(role.name, format!("it is not world-readable and larger than {} MiB", MAX_COPY >> 20)));
-    }
-    let copy = memfd_create(role.name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(|error| io(error.into()))?;
-    let mut offset = 0;
-    while rustix::fs::sendfile(&copy, &fd, Some(&mut offset), 1 << 20).map_err(|error| io(error.into()))? > 0 {
-        if offset > MAX_COPY {
-            return Err(Error::invalid(role.name, "it grows while it is read"));
-        }
-    }
-    fcntl_add_seals(&copy, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL).map_err(|error| io(error.into()))?;
-    Ok(copy)
 }
 
 /// Everything that can be refused is refused here.
@@ -332,8 +307,8 @@ fn act(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Launched, Error> {
     };
     let gated = jail::fork(plan)?;
     // Nothing runs yet: if the ledger can't take the pid, the gate closes and the child goes.
-    let (start_time, _) =
-        process::identity(gated.pid).ok_or_else(|| Error::Failed { step: "read /proc".into(), errno: None, detail: "the child has no stat".into() })?;
+    let identity = process::identity(gated.pid).map_err(step("read /proc"))?;
+    let (start_time, _) = identity.ok_or_else(|| Error::Failed { step: "read /proc".into(), errno: None, detail: "the child has no stat".into() })?;
     if let Some(run) = &mut launch.record.run {
         run.process = Some(Process { pid: gated.pid, start_time });
         run.spawned_ms = now_ms();

@@ -6,19 +6,24 @@ use diarch_ipc::name::{RequestId, Slot};
 use diarch_ipc::operation::{Event, ExitStatus, SlotState};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// Between two attempts to watch.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Watches the QEMU that the request `spawn` started in `slot`.
 pub fn begin(supervisor: &Rc<Supervisor>, slot: Slot, spawn: RequestId, pidfd: Rc<OwnedFd>) {
     let supervisor = Rc::clone(supervisor);
     tokio::task::spawn_local(async move {
-        let status = match ended(&supervisor, &pidfd).await {
-            Ok(status) => status,
-            Err(error) => {
-                tracing::error!(%slot, %error, "QEMU can't be watched");
-                return;
+        let status = loop {
+            match ended(&supervisor, &pidfd).await {
+                Ok(status) => break status,
+                // No descriptor left, say: that passes, and the end of QEMU must not be missed.
+                Err(error) => tracing::error!(%slot, %error, "QEMU can't be watched; trying again"),
             }
+            tokio::time::sleep(AGAIN).await;
         };
         settle(&supervisor, slot, spawn, status);
     });
@@ -29,8 +34,11 @@ async fn ended(supervisor: &Supervisor, pidfd: &Rc<OwnedFd>) -> std::io::Result<
     #[allow(deprecated)]
     let watched = AsyncFd::with_interest(Rc::clone(pidfd), Interest::READABLE)?;
     drop(watched.readable().await?);
-    let copy = pidfd.try_clone()?;
+    if let Some(status) = process::reap_child(pidfd) {
+        return Ok(status);
+    }
     // On a helper: for a process that is another's child, the kernel may need a moment.
+    let copy = pidfd.try_clone()?;
     Ok(supervisor.helpers.run("reap", move || process::reap(&copy)).await.unwrap_or(ExitStatus::Unknown))
 }
 
@@ -51,13 +59,7 @@ pub fn settle(supervisor: &Supervisor, slot: Slot, spawn: RequestId, status: Exi
     }
     let label = record.label.clone();
     tracing::info!(%slot, %label, %status, "QEMU ended");
-    if let Err(error) = supervisor.record(record.clone()) {
-        // The tmpfs is full, say. What is true stays true; only a restarted supervisor will have to find it out again.
-        tracing::error!(%slot, %error, "the end of QEMU can't be written down");
-        if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
-            vm.record = record;
-        }
-    }
+    supervisor.record_or_believe(record);
     supervisor.note(&format!("vm.exited slot={slot} label={label} status={status}"));
     supervisor.sessions.tell(Event::VmExited { slot, label, status, spawn });
 }

@@ -29,7 +29,7 @@ pub fn open(logs: &Logs, name: &Label, machine: &Machine) -> Result<Opened, Stri
     let mut fds = vec![opened.qemu, opened.console];
     for (what, path) in [("kernel", &machine.kernel), ("initrd", &machine.initrd), ("firmware", &machine.firmware)] {
         if let Some(path) = path {
-            fds.push(file(what, path, OFlags::RDONLY, Accept::Regular)?);
+            fds.push(readable_by_qemu(what, path, file(what, path, OFlags::RDONLY, Accept::Regular)?)?);
         }
     }
     for disk in &machine.disks {
@@ -40,6 +40,30 @@ pub fn open(logs: &Logs, name: &Label, machine: &Machine) -> Result<Opened, Stri
         fds.push(file("disk", &disk.path, access, Accept::RegularOrBlock)?);
     }
     Ok(Opened { fds, log_mark: opened.mark })
+}
+
+/// A kernel, initial RAM disk or firmware that is not world-readable and larger than this is a mistake.
+const MAX_COPY: u64 = 256 << 20;
+
+/// QEMU's user opens these three again (through `/proc/self/fd`). Where the file's mode doesn't let it, it gets a sealed copy in memory: we may read it, and so
+/// may give it away. The copy lives as long as the VM, on the worker's account.
+fn readable_by_qemu(what: &str, path: &Path, fd: OwnedFd) -> Result<OwnedFd, String> {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, memfd_create, sendfile};
+    let failed = |error: rustix::io::Errno| format!("{what} {}: {}", path.display(), std::io::Error::from(error));
+    let stat = fstat(&fd).map_err(failed)?;
+    if stat.st_mode & 0o004 != 0 {
+        return Ok(fd);
+    }
+    if u64::try_from(stat.st_size).unwrap_or(u64::MAX) > MAX_COPY {
+        return Err(format!("{what} {}: is not world-readable, and too large to be copied (over {} MiB)", path.display(), MAX_COPY >> 20));
+    }
+    let copy = memfd_create(what, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(failed)?;
+    let mut offset = 0;
+    while offset <= MAX_COPY && sendfile(&copy, &fd, Some(&mut offset), 1 << 20).map_err(failed)? > 0 {}
+    fcntl_add_seals(&copy, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL).map_err(failed)?;
+    // A second, read-only description of the same file: the first one could be written but for its seals.
+    let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&copy));
+    rustix::fs::open(link, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(failed)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -133,6 +157,26 @@ mod tests {
             let got = rustix::io::read(fd, &mut bytes).unwrap();
             assert_eq!(&bytes[..got], role.as_bytes());
         }
+    }
+
+    #[test]
+    fn a_kernel_that_is_not_world_readable_is_handed_on_as_a_sealed_copy() {
+        use std::io::Read;
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernel");
+        std::fs::write(&path, "vmlinuz").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let opened = || file("kernel", &path, OFlags::RDONLY, Accept::Regular).unwrap();
+        let copy = readable_by_qemu("kernel", &path, opened()).unwrap();
+        let stat = rustix::fs::fstat(&copy).unwrap();
+        assert_eq!(stat.st_mode & 0o004, 0o004);
+        let mut text = String::new();
+        std::fs::File::from(copy).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "vmlinuz");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let same = readable_by_qemu("kernel", &path, opened()).unwrap();
+        assert_ne!(rustix::fs::fstat(&same).unwrap().st_ino, stat.st_ino);
     }
 
     #[test]

@@ -128,21 +128,3 @@ fn kvm_that_lies_is_refused_with_the_reason() {
     assert!(error.kind() == "unsupported" && error.to_string().contains("exit reason 17"), "{error}");
     vet(&grants, &claimed(), &KvmVerdict::Usable, id(5), &ask, facts()).unwrap();
 }
-
-#[test]
-fn a_file_that_is_not_world_readable_is_handed_on_as_a_sealed_copy() {
-    use std::io::{Read, Write};
-    use std::os::unix::fs::PermissionsExt;
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("kernel");
-    File::create(&path).unwrap().write_all(b"vmlinuz").unwrap();
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
-    let copy = openable(File::open(&path).unwrap().into(), diarch_ipc::spec::KERNEL).unwrap();
-    let mut text = String::new();
-    File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&copy))).unwrap().read_to_string(&mut text).unwrap();
-    assert_eq!(text, "vmlinuz");
-    assert!(File::from(copy.try_clone().unwrap()).write(b"x").is_err(), "sealed against writing");
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
-    let same = openable(File::open(&path).unwrap().into(), diarch_ipc::spec::KERNEL).unwrap();
-    assert_eq!(fstat(&same).unwrap().st_ino, fstat(File::open(&path).unwrap()).unwrap().st_ino);
-}
