@@ -4,7 +4,7 @@
 //!   /tmp/diarch-XXXX/          root's, 0755: the supervisor trusts a grants file only below directories that nobody else can write
 //!     grants.toml  config.json
 //!     bin/                     the stub QEMU, and the halves where the build directory is closed to the worker's user
-//!     run/                     the supervisor's: supervisor.sock, vm/SLOT/
+//!     run/                     the supervisor's: supervisor.sock, vm/SLOT/ (a small tmpfs, where the test wants one; the socket is then beside it)
 //!     audit/                   audit.jsonl (a small tmpfs, where the test wants one)
 //!     vms/  files/             VM files; guest kernels and the like
 //!     state/ log/ worker/      the worker's: its records, its VMs' logs, worker.sock
@@ -70,6 +70,25 @@ fn open_to_all(path: &Path) -> bool {
     path.ancestors().skip(1).all(|dir| fs::metadata(dir).is_ok_and(|m| m.permissions().mode() & 0o001 != 0))
 }
 
+/// The same VM file with images that the worker's user can open: where they lie behind a closed directory (a clone in a home directory), they are
+/// copied into `files`.
+fn reachable(files: &Path, file: &serde_json::Value) -> serde_json::Value {
+    let mut file = file.clone();
+    let Some(image) = file.get_mut("image").and_then(serde_json::Value::as_object_mut) else { return file };
+    for (what, value) in image {
+        let path = PathBuf::from(value.as_str().unwrap_or_default());
+        if path.is_absolute() && path.is_file() && !open_to_all(&path) {
+            let copy = files.join(format!("{what}-{}", path.file_name().unwrap_or_default().to_string_lossy()));
+            if !copy.exists() {
+                fs::copy(&path, &copy).expect("copy");
+                fs::set_permissions(&copy, fs::Permissions::from_mode(0o644)).expect("chmod");
+            }
+            *value = copy.to_string_lossy().into_owned().into();
+        }
+    }
+    file
+}
+
 // ---- how a host is made ----
 
 /// Which QEMU `default` is.
@@ -103,6 +122,10 @@ pub struct Builder {
     pub grants_more: String,
     pub grants_mode: u32,
     pub audit_tmpfs_kib: Option<u32>,
+    /// Needs `Activation::Socket`: what is on this tmpfs can be seen through [`Host::inside`] only, and so could not be connected to.
+    pub run_tmpfs_kib: Option<u32>,
+    /// Shell text that runs in the supervisor's process before it becomes the supervisor; `$host` is the host's directory.
+    pub prelude: Option<String>,
     pub restart_pauses_ms: Vec<u64>,
     pub patience_ms: u64,
     pub start_limit: StartLimit,
@@ -125,6 +148,8 @@ impl Host {
             grants_more: String::new(),
             grants_mode: 0o644,
             audit_tmpfs_kib: None,
+            run_tmpfs_kib: None,
+            prelude: None,
             restart_pauses_ms: vec![300, 600, 1200],
             patience_ms: 300,
             // Tests kill more often than any operator; the limit has a test of its own.
@@ -216,7 +241,7 @@ impl Builder {
         fs::write(at("grants.toml"), grants).expect("write");
         mode(&at("grants.toml"), self.grants_mode);
 
-        let socket = at("run/supervisor.sock");
+        let socket = if self.run_tmpfs_kib.is_some() { at("supervisor.sock") } else { at("run/supervisor.sock") };
         let control = at("manager.sock");
         let stand_in = usable("diarch-stand-in");
         let text = |path: &Path| path.to_str().expect("a UTF-8 path").to_owned();
@@ -234,24 +259,26 @@ impl Builder {
         });
         fs::write(at("config.json"), config.to_string()).expect("write");
         for (name, file) in &self.vms {
-            fs::write(at("vms").join(format!("{name}.json")), file.to_string()).expect("write");
+            fs::write(at("vms").join(format!("{name}.json")), reachable(&at("files"), file).to_string()).expect("write");
         }
 
-        let argv = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect();
+        let argv = |words: &[&str]| -> Vec<String> { words.iter().map(|w| (*w).to_owned()).collect() };
         let (grants, run, audit) = (text(&at("grants.toml")), text(&at("run")), text(&at("audit/audit.jsonl")));
+        let mut supervisor: Vec<String> = argv(&[&text(&usable("diarch-supervisor")), "run", "--grants", &grants, "--run-dir", &run, "--audit", &audit]);
+        if let Some(prelude) = &self.prelude {
+            let script = format!("host='{}'\n{prelude}\nexec \"$0\" \"$@\"", dir.path().display());
+            supervisor.splice(0..0, argv(&["/bin/sh", "-c", &script]));
+        }
         let environment = vec![("RUST_BACKTRACE".to_owned(), "1".to_owned())];
         let manager = Config {
             control: control.clone(),
             directory: dir.path().to_owned(),
             listen: (self.activation == Activation::Socket).then(|| Listen { path: socket.clone(), gid: WORKER.gid }),
-            tmpfs: self.audit_tmpfs_kib.map(|size_kib| Tmpfs { path: at("audit"), size_kib }).into_iter().collect(),
-            supervisor: Service {
-                argv: argv(&[&text(&usable("diarch-supervisor")), "run", "--grants", &grants, "--run-dir", &run, "--audit", &audit]),
-                log: at("supervisor.log"),
-                uid: 0,
-                gid: 0,
-                environment: environment.clone(),
-            },
+            tmpfs: [("audit", self.audit_tmpfs_kib), ("run", self.run_tmpfs_kib)]
+                .into_iter()
+                .filter_map(|(name, size_kib)| size_kib.map(|size_kib| Tmpfs { path: at(name), size_kib }))
+                .collect(),
+            supervisor: Service { argv: supervisor, log: at("supervisor.log"), uid: 0, gid: 0, environment: environment.clone() },
             worker: self.worker.then(|| Service {
                 argv: argv(&[&text(&usable("diarch-worker")), "--config", &text(&at("config.json"))]),
                 log: at("worker.log"),
@@ -264,7 +291,7 @@ impl Builder {
         };
         let bond = if self.lives_on { Bond::LivesOn } else { Bond::EndsWithUs };
         let manager = StandIn::start(&stand_in, &manager, &at("manager.json"), &at("manager.log"), bond).expect("the stand-in");
-        Host { manager: Some(manager), uid_first, has_worker: self.worker, dir }
+        Host { manager: Some(manager), uid_first, has_worker: self.worker, socket, dir }
     }
 }
 
@@ -284,6 +311,7 @@ pub struct Host {
     manager: Option<StandIn>,
     pub uid_first: u32,
     has_worker: bool,
+    socket: PathBuf,
     dir: tempfile::TempDir,
 }
 
@@ -309,7 +337,7 @@ impl Host {
         self.dir.path().join(name)
     }
     pub fn socket(&self) -> PathBuf {
-        self.path("run/supervisor.sock")
+        self.socket.clone()
     }
     /// A file of the host's as its processes see it, inside their own mount namespace.
     pub fn inside(&self, name: &str) -> PathBuf {
@@ -469,7 +497,7 @@ impl Host {
     }
 
     pub fn write_vm(&self, name: &str, file: &serde_json::Value) {
-        self.write_vm_text(&format!("{name}.json"), &file.to_string());
+        self.write_vm_text(&format!("{name}.json"), &reachable(&self.path("files"), file).to_string());
     }
 
     /// Writes a VM file as an editor does: whole, under its name at once.
@@ -513,14 +541,14 @@ impl Host {
             processes,
             supervisor_fds: status.supervisor.pid.map(descriptors).unwrap_or_default(),
             worker_fds: worker.map(descriptors).unwrap_or_default(),
-            run_directory: tree(&self.path("run")),
+            run_directory: tree(&self.inside("run")),
         }
     }
 
     /// The records of the ledger, by slot.
     pub fn ledger(&self) -> BTreeMap<String, serde_json::Value> {
         let mut records = BTreeMap::new();
-        let entries = fs::read_dir(self.path("run/vm")).into_iter().flatten().flatten();
+        let entries = fs::read_dir(self.inside("run/vm")).into_iter().flatten().flatten();
         // Slots are numbers; what else is there is the ledger's own.
         for slot in entries.filter(|e| e.file_name().to_str().is_some_and(|name| name.parse::<u16>().is_ok())) {
             let text = fs::read_to_string(slot.path().join("record.json")).unwrap_or_default();
@@ -749,5 +777,22 @@ impl Drop for Session {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_behind_a_closed_directory_is_copied_to_where_the_worker_can_open_it() {
+        let (home, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::set_permissions(home.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        let kernel = home.path().join("vmlinuz");
+        fs::write(&kernel, "kernel").unwrap();
+        let given = reachable(files.path(), &serde_json::json!({"name": "a", "image": {"kernel": kernel, "cmdline": "quiet"}}));
+        assert_eq!(given["image"]["kernel"], files.path().join("kernel-vmlinuz").to_str().unwrap());
+        assert_eq!(given["image"]["cmdline"], "quiet");
+        assert_eq!(fs::read_to_string(files.path().join("kernel-vmlinuz")).unwrap(), "kernel");
     }
 }

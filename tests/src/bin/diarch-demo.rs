@@ -201,8 +201,12 @@ fn leave(host: Host, port: u16) -> Result<(), String> {
         println!("{} {words}", diarch.display());
     }
     println!("{} audit verify --file {}", diarch.display(), audit.display());
-    println!("curl http://127.0.0.1:{port}/");
-    println!("\nkill whatever you like; to end it all:\n{} shutdown --control {}", stand_in.display(), control.display());
+    println!("and the guest's page: http://127.0.0.1:{port}/");
+    println!(
+        "\nkill what you like but the stand-in (it is the service manager here); to end it all:\n{} shutdown --control {}",
+        stand_in.display(),
+        control.display()
+    );
     Ok(())
 }
 

@@ -14,6 +14,8 @@
 //! | `stub.poweroff-after-ms=N`| a guest that powers itself off N ms after its start                       |
 //! | `stub.reset-after-ms=N`   | a guest that reboots once, N ms after its start                           |
 //! | `stub.panic-after-ms=N`   | a guest that panics N ms after its start (event GUEST_PANICKED, exit 0)   |
+//! | `stub.name-bytes`         | gives itself a name that is not UTF-8                                     |
+//! | `stub.leader-exits`       | ends its first thread, and lives on in another                            |
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -49,13 +51,28 @@ fn main() -> ExitCode {
         eprintln!("diarch-stub-qemu: the fds of the qmp and console chardevs are not open");
         return ExitCode::from(1);
     };
-    match Stub::new(knobs, qmp, console).and_then(|mut stub| stub.run()) {
+    if knobs.name_bytes {
+        // A name of 15 bytes at most can't be refused; if it were, the test that asked for it would find the old one.
+        let _ = rustix::thread::set_name(c"q\xff\xfe");
+    }
+    let leader_exits = knobs.leader_exits;
+    let work = move || match Stub::new(knobs, qmp, console).and_then(|mut stub| stub.run()) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("diarch-stub-qemu: {error}");
             ExitCode::from(1)
         }
+    };
+    if !leader_exits {
+        return work();
     }
+    std::thread::spawn(move || {
+        let failed = work() != ExitCode::SUCCESS;
+        std::process::exit(failed.into());
+    });
+    // SAFETY: ends the calling thread and no other (exit(2), which is not exit(3)); what it leaves is the other thread's.
+    unsafe { nix::libc::syscall(nix::libc::SYS_exit, 0) };
+    ExitCode::FAILURE
 }
 
 /// Takes an inherited descriptor by its number; `None` when it is not open.
@@ -83,6 +100,8 @@ struct Knobs {
     powerdown: Duration,
     mute: bool,
     ignore_powerdown: bool,
+    name_bytes: bool,
+    leader_exits: bool,
 }
 
 impl Knobs {
@@ -102,6 +121,8 @@ impl Knobs {
                 "powerdown-ms" => knobs.powerdown = ms()?,
                 "mute" => knobs.mute = true,
                 "ignore-powerdown" => knobs.ignore_powerdown = true,
+                "name-bytes" => knobs.name_bytes = true,
+                "leader-exits" => knobs.leader_exits = true,
                 _ => return Err(format!("there is no stub.{name}")),
             }
         }
