@@ -77,7 +77,8 @@ fn reachable(files: &Path, file: &serde_json::Value) -> serde_json::Value {
     let Some(image) = file.get_mut("image").and_then(serde_json::Value::as_object_mut) else { return file };
     for (what, value) in image {
         let path = PathBuf::from(value.as_str().unwrap_or_default());
-        if path.is_absolute() && path.is_file() && !open_to_all(&path) {
+        let readable = fs::metadata(&path).is_ok_and(|meta| meta.permissions().mode() & 0o004 != 0);
+        if path.is_absolute() && path.is_file() && !(readable && open_to_all(&path)) {
             let copy = files.join(format!("{what}-{}", path.file_name().unwrap_or_default().to_string_lossy()));
             if !copy.exists() {
                 fs::copy(&path, &copy).expect("copy");
@@ -287,7 +288,8 @@ impl Builder {
                 environment,
             }),
             start_limit: self.start_limit,
-            remove: self.lives_on.then(|| dir.path().to_owned()),
+            // Also when we are interrupted: then nobody else is there to do it.
+            remove: Some(dir.path().to_owned()),
         };
         let bond = if self.lives_on { Bond::LivesOn } else { Bond::EndsWithUs };
         let manager = StandIn::start(&stand_in, &manager, &at("manager.json"), &at("manager.log"), bond).expect("the stand-in");

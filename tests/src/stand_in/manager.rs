@@ -482,7 +482,8 @@ impl Manager {
             let _ = remove(&listen.path);
         }
         if let Some(directory) = &self.config.remove {
-            std::fs::remove_dir_all(directory)?;
+            // A file system of ours that is mounted in it ends with our mount namespace; whoever made the directory removes the rest.
+            let _ = std::fs::remove_dir_all(directory);
         }
         if let Some(Some(mut stream)) = self.ending.take() {
             stream.set_nonblocking(false)?;
