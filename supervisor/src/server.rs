@@ -164,6 +164,7 @@ impl Drop for Place {
 async fn connection(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc<Channel>, place: &Place) -> Result<(), Error> {
     let crowded = || Error::Exhausted { what: "connections".into(), limit: MAX_CONNECTIONS as u64, retry_after_ms: Some(1000) };
     tokio::select! {
+        biased;
         ended = converse(supervisor, expected, channel, place) => ended,
         () = place.leave.notified() => Err(crowded()),
     }
