@@ -83,7 +83,10 @@ impl Ledger {
                 fs::remove_dir_all(&root)?;
                 DirBuilder::new().mode(0o700).create(&root)?;
             }
-            write_whole(&root, ".boot_id", boot_id.as_bytes())?;
+            // On a full tmpfs this waits for the next start: VMs that run must be found now.
+            if let Err(error) = write_whole(&root, ".boot_id", boot_id.as_bytes()) {
+                tracing::warn!(directory = %root.display(), %error, "the boot id can't be written down");
+            }
         }
         Ok(Self { root })
     }

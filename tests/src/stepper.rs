@@ -107,6 +107,17 @@ impl std::fmt::Debug for Syscall {
 /// The process must not be a child of this one: the kernel shows the end of a tracee to its tracer first and then to its parent, but
 /// only once to a process that is both.
 pub fn kill_at_syscall<T>(pid: i32, n: u64, action: impl FnOnce() -> T) -> io::Result<(Outcome, T)> {
+    trace(pid, |mut tracer, done| tracer.until(n, done), action)
+}
+
+/// Runs `action` while the process is traced, and kills the process when `threads` of its threads have each made a socket pair, forked, and are about to
+/// open their next file. A thread that has its pair is held until so many have theirs, at most a moment: forks that can meet do. (Not held in the fork
+/// itself: there glibc has the allocator's locks, and all other threads would wait with it.)
+pub fn kill_when_forked<T>(pid: i32, threads: usize, action: impl FnOnce() -> T) -> io::Result<(Outcome, T)> {
+    trace(pid, |mut tracer, done| tracer.until_forked(threads, done), action)
+}
+
+fn trace<T>(pid: i32, until: impl FnOnce(Tracer, &dyn Fn() -> bool) -> io::Result<Outcome> + Send, action: impl FnOnce() -> T) -> io::Result<(Outcome, T)> {
     let done = AtomicBool::new(false);
     let (armed_in, armed) = mpsc::channel();
     std::thread::scope(|scope| {
@@ -114,7 +125,7 @@ pub fn kill_at_syscall<T>(pid: i32, n: u64, action: impl FnOnce() -> T) -> io::R
         let tracer = scope.spawn(|| {
             let seized = Tracer::seize(Pid::from_raw(pid));
             let _ = armed_in.send(());
-            seized?.until(n, || done.load(Ordering::Acquire))
+            until(seized?, &|| done.load(Ordering::Acquire))
         });
         let _ = armed.recv();
         let value = action();
@@ -199,7 +210,7 @@ impl Tracer {
         }
     }
 
-    fn until(&mut self, n: u64, done: impl Fn() -> bool) -> io::Result<Outcome> {
+    fn until(&mut self, n: u64, done: &dyn Fn() -> bool) -> io::Result<Outcome> {
         let mut idle = 0u32;
         loop {
             match self.next()? {
@@ -226,6 +237,61 @@ impl Tracer {
                     idle += 1;
                     if idle < 200 { std::thread::yield_now() } else { std::thread::sleep(Duration::from_micros(100)) }
                 }
+            }
+        }
+    }
+
+    fn until_forked(&mut self, wanted: usize, done: &dyn Fn() -> bool) -> io::Result<Outcome> {
+        let (mut pairing, mut before, mut behind, mut ready) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut patience: Option<Instant> = None;
+        loop {
+            if before.len() == wanted || patience.is_some_and(|until| Instant::now() > until) {
+                for tid in before.drain(..) {
+                    behind.push(tid);
+                    ptrace::syscall(tid, None)?;
+                }
+            }
+            if done() {
+                let syscalls = self.entries;
+                for tid in before.into_iter().chain(ready) {
+                    ptrace::syscall(tid, None)?;
+                }
+                self.release()?;
+                return Ok(Outcome::Survived { syscalls });
+            }
+            let Some(status) = self.next()? else {
+                std::thread::sleep(Duration::from_micros(100));
+                continue;
+            };
+            let at = match status {
+                WaitStatus::PtraceSyscall(tid) => Some((tid, ptrace_entry(tid)?)),
+                _ => None,
+            };
+            match at {
+                Some((tid, Some(number))) if is(number, nix::libc::SYS_socketpair) => {
+                    pairing.push(tid);
+                    self.resume(status)?;
+                }
+                // Back from it.
+                Some((tid, None)) if pairing.contains(&tid) => {
+                    pairing.retain(|paired| *paired != tid);
+                    patience.get_or_insert_with(|| Instant::now() + Duration::from_millis(300));
+                    before.push(tid);
+                }
+                Some((tid, Some(number))) if is(number, nix::libc::SYS_openat) && behind.contains(&tid) => {
+                    behind.retain(|forked| *forked != tid);
+                    ready.push(tid);
+                    if ready.len() == wanted {
+                        pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL)?;
+                        self.reap()?;
+                        return Ok(Outcome::Killed { syscall: Syscall(number) });
+                    }
+                }
+                _ => self.resume(status)?,
+            }
+            if self.threads.is_empty() {
+                self.reap()?;
+                return Ok(Outcome::Ended { syscalls: self.entries });
             }
         }
     }
@@ -326,6 +392,10 @@ const FLAGS: WaitPidFlag = WaitPidFlag::__WALL.union(WaitPidFlag::__WNOTHREAD).u
 
 /// `PTRACE_EVENT_STOP` (linux/ptrace.h).
 const PTRACE_EVENT_STOP: i32 = 128;
+
+fn is(number: u64, syscall: nix::libc::c_long) -> bool {
+    u64::try_from(syscall) == Ok(number)
+}
 
 /// The number of the system call that the thread is entering; `None` when it is leaving one.
 fn ptrace_entry(tid: Pid) -> io::Result<Option<u64>> {

@@ -7,6 +7,7 @@
 //!   yes                                      runs, unmanaged                adopt   (never restarted because we forgot)
 //!   yes                                      runs as its file says          keep
 //!   yes                                      runs otherwise                 restart, with each field that differs
+//!   yes, and found not to be startable       runs otherwise                 keep, until its file changes
 //!   yes                                      back-off or failed             keep, until its file changes
 //!   yes                                      ended while nobody watched     start, or release where it ended by its own will
 //!   no                                       runs                           stop
@@ -20,6 +21,9 @@ use diarch_ipc::name::Label;
 use diarch_ipc::operation::ExitStatus;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// How the reason of a VM begins that runs on because its new file can't be started.
+pub const NOT_STARTABLE: &str = "the changed file can't be started";
+
 /// What is known of one VM that exists, or that a task drives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Observed {
@@ -32,6 +36,8 @@ pub struct Observed {
     pub file: Option<String>,
     /// The revision of its file that its task was last told.
     pub revision: Option<String>,
+    /// A file that was found not to be startable while this runs: its revision, and the sentence for people.
+    pub refused: Option<(String, String)>,
 }
 
 /// Whether a task of this worker has it in hand, and towards what.
@@ -148,6 +154,10 @@ fn wanted_step(name: &Label, vm: &Desired, seen: Option<&Observed>) -> Option<St
         (Activity::Running, driven) => {
             let differences = seen.machine.as_ref().map_or_else(Vec::new, |machine| machine.differences(&vm.machine));
             match (driven, differences.is_empty()) {
+                // Its task tries again by itself.
+                (Driven::ToRun, false) if seen.refused.as_ref().is_some_and(|(revision, _)| *revision == vm.revision) => {
+                    step(Action::Keep, seen.refused.iter().map(|(_, sentence)| sentence.clone()).collect())
+                }
                 (_, false) => step(Action::Restart, differences),
                 (Driven::Unmanaged, true) if seen.machine.is_none() => {
                     step(Action::Adopt, vec!["it runs, and how it was started is not on record: kept as it is".into()])
@@ -198,6 +208,7 @@ mod tests {
             machine: Some(vm.machine.clone()),
             file: Some(vm.file.clone()),
             revision: Some(vm.revision.clone()),
+            refused: None,
         }
     }
     fn only(files: &Files, observed: &[Observed], holds: &Holds) -> (Action, Vec<String>) {
@@ -214,6 +225,19 @@ mod tests {
         let mut new = vm;
         new.machine.cpus = Cpus::new(4).unwrap();
         assert_eq!(only(&files(vec![new]), &[old], &Holds::default()), (Action::Restart, vec!["cores: 1 -> 4".to_owned()]));
+    }
+
+    #[test]
+    fn a_changed_file_that_can_t_be_started_is_kept_until_it_changes_again() {
+        let vm = desired("a");
+        let refused = Some(("bad".to_owned(), "no such kernel".to_owned()));
+        let old = Observed { refused, ..runs(&vm) };
+        let mut new = vm;
+        new.machine.cpus = Cpus::new(4).unwrap();
+        new.revision = "bad".into();
+        assert_eq!(only(&files(vec![new.clone()]), std::slice::from_ref(&old), &Holds::default()), (Action::Keep, vec!["no such kernel".to_owned()]));
+        new.revision = "better".into();
+        assert_eq!(only(&files(vec![new]), &[old], &Holds::default()).0, Action::Restart);
     }
 
     #[test]

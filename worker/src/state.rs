@@ -54,6 +54,11 @@ impl Holds {
         self.vms.insert(name.to_string(), Hold { why, reason, revision, boot_id: boot_id() });
     }
 
+    /// Whose they are.
+    pub fn names(&self) -> Vec<Label> {
+        self.vms.keys().filter_map(|name| Label::new(name).ok()).collect()
+    }
+
     /// Whether there was one.
     pub fn release(&mut self, name: &Label) -> bool {
         self.vms.remove(name.as_str()).is_some()

@@ -16,6 +16,8 @@
 //!   found running in the inventory: Adopt --vm.attach--> Watch
 //! ```
 //!
+//! A restart begins only after a trial says that the next QEMU could start: see [`trial`].
+//!
 //! The intent is a level and not an order: the task looks at the newest one when it can. One VM's silence holds nobody else's task, and
 //! everything that waits has a deadline or can be called off.
 
@@ -25,6 +27,7 @@ pub mod launch;
 mod pace;
 mod qemu;
 mod start;
+mod trial;
 mod watch_over;
 
 use crate::control::protocol::Phase;
@@ -33,7 +36,7 @@ use crate::logs::Logs;
 use crate::plan::{Activity, Driven, Observed};
 use crate::state::Store;
 use crate::supervisor::Link;
-use crate::vmfile::{Desired, Machine, RestartPolicy};
+use crate::vmfile::{Desired, Health, Machine, RestartPolicy};
 use diarch_ipc::name::{Label, Slot};
 use diarch_ipc::operation::{SlotState, VmRecord};
 use diarch_ipc::spec::Accelerator;
@@ -120,6 +123,20 @@ pub struct Status {
     /// The intent's counters when it was last started: who waits for a start knows by them which start it sees.
     pub seen_starts: u64,
     pub seen_restarts: u64,
+    /// A restart that can't be made: it runs on as it was started.
+    pub refused: Option<Refused>,
+    /// Its task has given everything back: there is no process and no slot.
+    pub at_rest: bool,
+}
+
+/// Why a VM was not restarted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Of the file that can't be started.
+    pub revision: String,
+    pub sentence: String,
+    /// The intent's counter, for who waits for this restart.
+    pub restarts: u64,
 }
 
 impl Status {
@@ -141,6 +158,8 @@ impl Status {
             file: None,
             seen_starts: 0,
             seen_restarts: 0,
+            refused: None,
+            at_rest: false,
         }
     }
 }
@@ -164,7 +183,7 @@ impl Found {
             SlotState::Quarantined => Activity::Quarantined,
         };
         let (machine, file) = (self.machine.clone(), self.file.clone());
-        Observed { name: self.record.label.clone(), activity, driven: Driven::Unmanaged, machine, file, revision: None }
+        Observed { name: self.record.label.clone(), activity, driven: Driven::Unmanaged, machine, file, revision: None, refused: None }
     }
 }
 
@@ -187,7 +206,7 @@ impl Handle {
     pub fn start(context: Arc<Context>, name: Label, intent: Intent, found: Option<Found>) -> Self {
         let (intent_in, intent_out) = watch::channel(intent);
         let (status_in, status) = watch::channel(Status::new());
-        let vm = Vm { context, name: name.clone(), intent: intent_out, status: status_in, slot: None, pace: Pace::default(), told_failed: None };
+        let vm = Vm { context, name: name.clone(), intent: intent_out, status: status_in, slot: None, pace: Pace::default(), told_failed: None, health: None };
         // Boxed: the largest of its states would otherwise be paid for twice while the task is made.
         let task = tokio::spawn(Box::pin(vm.run(found))).abort_handle();
         Self { name, intent: intent_in, status, task }
@@ -222,6 +241,7 @@ impl Handle {
             machine: status.machine.as_deref().cloned(),
             file: status.file.clone(),
             revision: status.revision.clone(),
+            refused: status.refused.as_ref().map(|refused| (refused.revision.clone(), refused.sentence.clone())),
         }
     }
 }
@@ -236,6 +256,8 @@ struct Vm {
     pace: Pace,
     /// Why it is failed, as it was told: a retry that fails the same way is no news.
     told_failed: Option<String>,
+    /// The probe of what runs, which is not that of a changed file that can't be started.
+    health: Option<Health>,
 }
 
 /// What the task does next.
@@ -301,6 +323,7 @@ impl Vm {
                 reason: Some(reason.unwrap_or(why)),
                 last_exit: status.last_exit.take(),
                 restarts: status.restarts,
+                at_rest: true,
                 ..Status::new()
             };
         });

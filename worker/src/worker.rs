@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::control::protocol::{Failure, FailureKind, FileProblem, Phase};
 use crate::journal::{Journal, now_ms};
 use crate::logs::Logs;
-use crate::plan::{Action, Driven, Observed, Step, plan};
+use crate::plan::{Action, Driven, NOT_STARTABLE, Observed, Step, plan};
 use crate::state::{HoldWhy, Holds, Store};
 use crate::supervisor::Link;
 use crate::vm::{Context, Found, Handle, Intent, Note, Status, Want};
@@ -44,6 +44,55 @@ struct State {
     vms: BTreeMap<Label, Handle>,
     /// Nothing is done before the supervisor's first inventory: it would be done twice.
     know_what_is: bool,
+}
+
+impl State {
+    /// Of a VM in no usable file: what keeps its file from being used. None: it is gone.
+    fn unusable(&self, handle: &Handle) -> Option<String> {
+        if self.files.unreadable {
+            return Some("the directory of the VM files can't be read".into());
+        }
+        let file = handle.status().borrow().file.clone().or_else(|| handle.intent().desired.map(|desired| desired.file.clone()));
+        let file = match file {
+            Some(file) => file,
+            None if self.files.broken.is_empty() => return None,
+            None => return Some(format!("it is in no usable file, and its own may be one of these: {}", self.files.broken.join(", "))),
+        };
+        if !self.files.broken.contains(&file) {
+            return None;
+        }
+        let why = self.files.problems.iter().find(|problem| problem.file == file).map_or_else(String::new, |problem| {
+            let at = problem.line.map_or_else(|| problem.path.clone(), |line| format!("line {line}"));
+            format!(" ({at}: {})", problem.reason)
+        });
+        Some(format!("{file} can't be used{why}"))
+    }
+
+    /// Forgets what has neither a file nor a process. True: a hold went with it.
+    fn forget_gone(&mut self, journal: &Journal) -> bool {
+        let gone: Vec<Label> = self
+            .vms
+            .iter()
+            .filter(|(name, _)| self.files.vms.iter().all(|vm| vm.name != **name))
+            .filter(|(_, handle)| handle.status().borrow().at_rest && handle.intent().want != Want::Run && self.unusable(handle).is_none())
+            .map(|(name, _)| name.clone())
+            .collect();
+        let mut held = false;
+        for name in gone {
+            journal.note(Some(&name), "vm.gone", "it is stopped, and no file defines it any more");
+            self.vms.remove(&name);
+            held |= self.holds.release(&name);
+        }
+        // Those of an earlier life of the worker, which has no task for them. What can't be read may be a held VM's file.
+        if !self.files.unreadable && self.files.broken.is_empty() {
+            for name in self.holds.names() {
+                if !self.vms.contains_key(&name) && self.files.vms.iter().all(|vm| vm.name != name) {
+                    held |= self.holds.release(&name);
+                }
+            }
+        }
+        held
+    }
 }
 
 /// What an operator asks of a VM.
@@ -78,6 +127,8 @@ pub struct Shown {
     pub desired: Option<Desired>,
     pub status: Option<Status>,
     pub held: Option<String>,
+    /// Why its file, which is there, tells nothing; `desired` is what it told last.
+    pub unusable: Option<String>,
 }
 
 impl Worker {
@@ -159,7 +210,7 @@ impl Worker {
                 let found = found.remove(&step.name);
                 held |= self.take_step(&mut state, step, found);
             }
-            held
+            held | state.forget_gone(&self.journal)
         };
         if held {
             self.save_holds().await;
@@ -227,17 +278,13 @@ impl Worker {
             }
             Note::AtRest(name) => {
                 {
-                    let mut state = self.state();
-                    let in_a_file = state.files.vms.iter().any(|vm| vm.name == name);
+                    let state = self.state();
                     if let Some(handle) = state.vms.get(&name) {
                         let status = handle.status().borrow().clone();
                         let intent = handle.intent();
                         let at_rest = status.phase == Phase::Stopped && (intent.want != Want::Run || intent.starts <= status.seen_starts);
-                        if at_rest && !in_a_file {
-                            self.journal.note(Some(&name), "vm.gone", "it is stopped, and no file defines it any more");
-                            state.vms.remove(&name);
-                        } else if at_rest {
-                            // It came to rest by itself: wanting it again takes a new start.
+                        if at_rest {
+                            // It came to rest by itself: wanting it again takes a new start. (One without a file is forgotten below.)
                             handle.intend(|intent| intent.want = Want::Stop);
                         }
                     }
@@ -346,10 +393,15 @@ impl Worker {
         let mut shown: BTreeMap<Label, Shown> = BTreeMap::new();
         for vm in &state.files.vms {
             let held = state.holds.of(&vm.name, &vm.revision).map(|hold| hold.reason.clone());
-            shown.insert(vm.name.clone(), Shown { name: vm.name.clone(), desired: Some(vm.clone()), status: None, held });
+            shown.insert(vm.name.clone(), Shown { name: vm.name.clone(), desired: Some(vm.clone()), status: None, held, unusable: None });
         }
         for (name, handle) in &state.vms {
-            let entry = shown.entry(name.clone()).or_insert_with(|| Shown { name: name.clone(), desired: None, status: None, held: None });
+            let entry = shown.entry(name.clone()).or_insert_with(|| {
+                let unusable = state.unusable(handle);
+                // A file that is gone told its last.
+                let desired = unusable.as_ref().and_then(|_| handle.intent().desired.as_deref().cloned());
+                Shown { name: name.clone(), desired, status: None, held: None, unusable }
+            });
             entry.status = Some(handle.status().borrow().clone());
         }
         shown.into_values().collect()
@@ -366,7 +418,16 @@ impl Worker {
         let files = tokio::task::spawn_blocking(move || vmfile::read(&directory)).await.unwrap_or_default();
         let state = self.state();
         let observed: Vec<Observed> = state.vms.values().map(Handle::observed).collect();
-        (plan(&files, &observed, &state.holds), files.problems)
+        let mut steps = plan(&files, &observed, &state.holds);
+        for step in steps.iter_mut().filter(|step| step.action == Action::Restart) {
+            let Some(vm) = files.vms.iter().find(|vm| vm.name == step.name) else { continue };
+            // What its task is going to find, too.
+            if let Some(problem) = files.problems.iter().find(|problem| problem.file == vm.file) {
+                step.action = Action::Keep;
+                step.reasons = vec![format!("{NOT_STARTABLE}: {}; runs on as before", problem.reason)];
+            }
+        }
+        (steps, files.problems)
     }
 
     pub fn problems(&self) -> Vec<FileProblem> {
@@ -381,4 +442,45 @@ impl Worker {
 
 pub fn failure(kind: FailureKind, message: impl Into<String>) -> Failure {
     Failure { kind, message: message.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    const FILE: &str = r#"{"name": "web", "qemu_configuration": {"cores": 1, "mem_mb": 64}, "image": {"kernel": "/dev/null"}, "health": {"qmp": {}}}"#;
+
+    #[tokio::test]
+    async fn a_stopped_vm_outlives_a_broken_file_and_goes_with_a_removed_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vms/web.json");
+        std::fs::create_dir(dir.path().join("vms")).unwrap();
+        std::fs::write(&file, FILE).unwrap();
+        let config = Config {
+            configs_dir: dir.path().join("vms"),
+            supervisor_socket: dir.path().join("none.sock"),
+            patience: Duration::from_secs(60),
+            ..Config::default()
+        };
+        let journal = Arc::new(Journal::default());
+        let (link, _) = Link::start(&config, Arc::clone(&journal));
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        let (worker, _notes) = Worker::new(config, link, journal, store.clone(), Logs::open(&dir.path().join("logs")).unwrap());
+        worker.reload().await;
+        worker.state().know_what_is = true;
+        let mut stopped = worker.order(Order::Stop, "web", "uid 7").await.unwrap().status;
+        stopped.wait_for(|status| status.at_rest).await.unwrap();
+
+        std::fs::write(&file, "{\n").unwrap();
+        worker.reload().await;
+        let shown = crate::control::view::vm(worker.show("web").unwrap());
+        assert_eq!((shown.file.as_deref(), shown.enabled, shown.health.as_deref()), (Some("web.json"), true, Some("qmp")));
+        assert!(shown.reason.as_deref().unwrap().contains("web.json can't be used (line 2: not JSON"), "{shown:?}");
+
+        std::fs::remove_file(&file).unwrap();
+        worker.reload().await;
+        assert!(worker.shown().is_empty());
+        assert_eq!(store.holds(), Holds::default());
+    }
 }

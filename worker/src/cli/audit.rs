@@ -223,7 +223,11 @@ fn print(found: &Findings, screen: &mut Screen<'_>) -> Result<(), Stop> {
         screen.say(format!("and {} more", found.open.len() - OPEN_SHOWN))?;
     }
     let end = match &found.end {
-        End::Same { seq } => format!("the end was compared: record {seq} is the one that the supervisor holds"),
+        End::Same { seq } => {
+            // The supervisor writes down that it was asked, too.
+            let own = if found.last_seq > Some(*seq) { " (the records after it are this command's own question)" } else { "" };
+            format!("the end was compared: record {seq} is the one that the supervisor holds{own}")
+        }
         End::Truncated { file, supervisor } => format!(
             "TRUNCATED: the file ends at record {file}, and the supervisor has written up to {supervisor} \
              (for an older file, say --no-compare)"
@@ -319,7 +323,9 @@ the end was compared: record 6 is the one that the supervisor holds
 ";
         assert_eq!((exit, said.as_str()), (Exit::Ok, expected));
         // A status from before the last records were written is as good.
-        assert_eq!(audit.verify(&audit.text(6), Some((4, audit.hash(4)))).0, Exit::Ok);
+        let (exit, said) = audit.verify(&audit.text(6), Some((4, audit.hash(4))));
+        assert_eq!(exit, Exit::Ok);
+        assert!(said.ends_with("record 4 is the one that the supervisor holds (the records after it are this command's own question)\n"), "{said}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `diarch doctor`: what is right and wrong with this host, and what would mend it. Needs no root, and no running worker.
 
-use super::connection::{ask, group_name, user_name};
+use super::connection::{ask, group_name, group_of_first_seen, user_name};
 use super::screen::{Exit, Screen, Stop, count};
 use super::table::{Tone, tinted};
 use super::{clock, escape, validate};
@@ -68,8 +68,8 @@ struct Report {
 pub fn doctor(socket: &Path, host: &Host, screen: &mut Screen<'_>) -> Result<Exit, Stop> {
     let status = match ask(socket, &Request::Status {}, screen) {
         Ok(Reply::Status(status)) => Ok(status),
-        Ok(_) => Err("it answered something else than its status".to_owned()),
-        Err(Stop::Failure { message, .. }) => Err(message),
+        Ok(_) => Err((Exit::Failed, "it answered something else than its status".to_owned())),
+        Err(Stop::Failure { exit, message }) => Err((exit, message)),
         Err(stop) => return Err(stop),
     };
     let mut checks = vec![kernel(host), cgroup(host), iommu(host), socket_mode(socket)];
@@ -78,8 +78,12 @@ pub fn doctor(socket: &Path, host: &Host, screen: &mut Screen<'_>) -> Result<Exi
             checks.extend(of_status(status, screen.now_ms));
             checks.push(disk("log disk", Path::new(&status.log_directory)));
         }
-        Err(message) => {
-            checks.push(Finding::fail("worker", message.clone(), "systemctl start diarch-worker; journalctl -u diarch-worker -e"));
+        Err((exit, message)) => {
+            let fix = match exit {
+                Exit::Denied => join(socket),
+                _ => "systemctl start diarch-worker; journalctl -u diarch-worker -e".to_owned(),
+            };
+            checks.push(Finding::fail("worker", message.clone(), fix));
             checks.push(Finding::warn("supervisor", "not known: the command reaches it through the worker only", "systemctl status diarch-supervisor"));
         }
     }
@@ -146,11 +150,26 @@ fn iommu(host: &Host) -> Finding {
     }
 }
 
+/// What lets a person in whom the socket's mode keeps out.
+fn join(socket: &Path) -> String {
+    match group_of_first_seen(socket) {
+        Some(group) => format!("join the group {group}: usermod -aG {group} YOU, and log in again"),
+        None => "join the group that may use it: an administrator knows which".to_owned(),
+    }
+}
+
 fn socket_mode(socket: &Path) -> Finding {
     const FIX: &str = "set the socket's group and mode in the worker's configuration, and restart diarch-worker";
-    let about = match socket.symlink_metadata() {
+    // Followed: the path that people use may be a link into the worker's own directory.
+    let about = match socket.metadata() {
         Ok(about) => about,
-        Err(error) => return Finding::warn("socket", format!("{} can't be looked at: {error}", socket.display()), "systemctl status diarch-worker"),
+        Err(error) => {
+            let fix = match error.kind() {
+                std::io::ErrorKind::PermissionDenied => join(socket),
+                _ => "systemctl status diarch-worker".to_owned(),
+            };
+            return Finding::warn("socket", format!("{} can't be looked at: {error}", socket.display()), fix);
+        }
     };
     let mode = about.mode() & 0o7777;
     let detail = format!("{} is {}:{} {mode:04o}", socket.display(), user_name(about.uid()), group_name(about.gid()));
@@ -224,6 +243,11 @@ fn kvm(supervisor: &SupervisorView) -> Finding {
         KvmVerdict::NotGranted => {
             Finding::warn("kvm", format!("not granted; accel auto: {auto}"), "set kvm = true under [vms] in /etc/diarch/grants.toml, if VMs may use it")
         }
+        KvmVerdict::Absent { reason } | KvmVerdict::Lies { reason } if reason.contains("Permission denied") => Finding::warn(
+            "kvm",
+            format!("it may not be opened: {reason}; accel auto: {auto}"),
+            "give the VMs' users the group of /dev/kvm: its mode should be 0660 and its group not root",
+        ),
         KvmVerdict::Absent { reason } => Finding::warn(
             "kvm",
             format!("absent: {reason}; accel auto: {auto}"),
@@ -442,6 +466,24 @@ pub mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_kvm_that_may_not_be_opened_is_a_matter_of_its_group() {
+        let mut supervisor = status().supervisor.expect("a supervisor");
+        supervisor.kvm = KvmVerdict::Absent { reason: "/dev/kvm: Permission denied (os error 13)".into() };
+        assert!(kvm(&supervisor).fix.expect("a fix").contains("the group of /dev/kvm"));
+    }
+
+    #[test]
+    fn a_link_to_the_socket_is_followed() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().expect("a directory");
+        let (socket, link) = (directory.path().join("worker.sock"), directory.path().join("link.sock"));
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o660)).expect("changed");
+        std::os::unix::fs::symlink(&socket, &link).expect("linked");
+        assert_eq!(socket_mode(&link).level, Level::Ok);
     }
 
     #[test]

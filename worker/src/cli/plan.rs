@@ -5,6 +5,7 @@ use super::screen::{Screen, Stop};
 use super::table::{Column, Tone, Value, table};
 use super::validate;
 use crate::control::protocol::{PlanView, Reply, Request};
+use crate::plan::NOT_STARTABLE;
 use std::path::Path;
 
 pub fn plan(socket: &Path, screen: &mut Screen<'_>) -> Result<(), Stop> {
@@ -13,7 +14,8 @@ pub fn plan(socket: &Path, screen: &mut Screen<'_>) -> Result<(), Stop> {
         return screen.document(&plan);
     }
     let PlanView { steps, problems } = plan;
-    let (kept, changed): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.action == "keep");
+    let (kept, changed): (Vec<_>, Vec<_>) =
+        steps.into_iter().partition(|step| step.action == "keep" && !step.reasons.iter().any(|reason| reason.starts_with(NOT_STARTABLE)));
     let rows: Vec<Vec<Value>> = changed
         .into_iter()
         .map(|step| {
@@ -40,7 +42,8 @@ pub fn plan(socket: &Path, screen: &mut Screen<'_>) -> Result<(), Stop> {
         n => screen.say(format!("{n} VMs stay as they are"))?,
     }
     if !problems.is_empty() {
-        screen.say(format!("\nleft out, for what is wrong in {}:", if problems.len() == 1 { "its file" } else { "their files" }))?;
+        // Not all of them are left out: one whose kernel is missing is tried, and may come to run.
+        screen.say("\nwrong in the VM files:")?;
         for problem in &problems {
             screen.say(validate::line(problem))?;
         }
@@ -74,6 +77,13 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_whose_changed_file_can_t_be_started_is_kept_with_its_reason() {
+        let steps = vec![step("keep", "web", &["the changed file can't be started: no kernel; runs on as before"])];
+        let said = printed(PlanView { steps, problems: vec![] });
+        assert_eq!(said, "ACTION  NAME  WHY\nkeep    web   the changed file can't be started: no kernel; runs on as before\n");
+    }
+
+    #[test]
     fn steps_come_with_their_reasons_and_problems_after_them() {
         let plan = PlanView {
             steps: vec![
@@ -89,7 +99,7 @@ restart  web   memory: 512 MiB becomes 1024 MiB; a port forward is new
 stop     old   the file is gone
 1 VM stays as it is
 
-left out, for what is wrong in its file:
+wrong in the VM files:
 vms/bad.json:3: $.name: a name is needed
 ";
         assert_eq!(printed(plan), expected);

@@ -24,7 +24,20 @@ const COLUMNS: &[Column] = &[
 
 /// `diarch vm list`.
 pub fn list(socket: &Path, screen: &mut Screen<'_>) -> Result<(), Stop> {
-    let Reply::Vms(vms) = ask(socket, &Request::VmList {}, screen)? else { return Err(unexpected("something else than a list of VMs")) };
+    let mut connection = Connection::open(socket)?;
+    connection.send(&Request::VmList {})?;
+    let mut answer = None;
+    while let Some(reply) = connection.next(Patience::Answer, screen)? {
+        match reply {
+            // Beside the list, which scripts read.
+            Reply::Notice { message } => {
+                let _ = writeln!(screen.err, "{}", escape::cell(&message));
+            }
+            Reply::Vms(vms) => answer = Some(vms),
+            _ => {}
+        }
+    }
+    let Some(vms) = answer else { return Err(unexpected("something else than a list of VMs")) };
     if screen.json {
         return screen.document(&vms);
     }
@@ -318,6 +331,14 @@ web         healthy   4321   3m12s     2      2G  kvm    127.0.0.1:8080->80/tcp 
                                                          [::1]:2222->22/tcp
 ";
         assert_eq!(printed.out(), expected);
+    }
+
+    #[test]
+    fn a_list_that_may_be_old_says_so_beside_it() {
+        let worker = FakeWorker::answering(&[Reply::Notice { message: "the supervisor can't be reached".into() }, Reply::Vms(vec![]), Reply::Done {}]);
+        let mut printed = Printed::default();
+        list(&worker.socket, &mut printed.screen()).expect("listed");
+        assert_eq!(printed.err(), "the supervisor can't be reached\n");
     }
 
     #[test]

@@ -5,4 +5,4 @@ mod follow;
 mod orders;
 pub mod protocol;
 pub mod server;
-mod view;
+pub mod view;

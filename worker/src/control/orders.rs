@@ -45,6 +45,10 @@ pub async fn carry_out(client: &mut Client, worker: &Arc<Worker>, order: Order, 
 fn reached(status: &Status, goal: Goal) -> Option<Result<(), String>> {
     let reason = || status.reason.clone().unwrap_or_else(|| "without a reason".into());
     match goal {
+        // It runs on as before, and this restart is not coming.
+        Goal::Healthy { restarts, .. } if status.seen_restarts < restarts && status.refused.as_ref().is_some_and(|refused| refused.restarts >= restarts) => {
+            status.refused.as_ref().map(|refused| Err(refused.sentence.clone()))
+        }
         Goal::Stopped => (status.phase == Phase::Stopped).then_some(Ok(())),
         Goal::Healthy { starts, restarts } if status.seen_starts >= starts && status.seen_restarts >= restarts => match status.phase {
             Phase::Healthy => Some(Ok(())),

@@ -15,7 +15,7 @@ pub const MAX_LINE: usize = 64 * 1024;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
-    /// Replies `Vms`, in name order.
+    /// Replies `Vms`, in name order; before it `Notice`, where the supervisor can't be reached.
     VmList {},
     /// Replies `Vm`.
     VmShow {
@@ -74,11 +74,17 @@ pub enum LogSource {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Reply {
+    /// Said before the answer: one sentence about how far it can be trusted.
+    Notice {
+        message: String,
+    },
     Vms(Vec<VmView>),
     Vm(Box<VmView>),
     Progress(Progress),
     Console {},
-    Log { line: String },
+    Log {
+        line: String,
+    },
     Plan(PlanView),
     Event(EventView),
     Status(Box<StatusView>),

@@ -151,6 +151,11 @@ async fn dispatch(request: Request, client: &mut Client, worker: &Arc<Worker>, c
     match request {
         Request::VmList {} => {
             let vms = worker.shown().into_iter().map(view::vm).collect();
+            let state = view::supervisor_state(worker);
+            if state != "ready" {
+                let message = format!("the supervisor can't be reached ({state}): what is shown is what was last known");
+                client.reply(&Reply::Notice { message }).await?;
+            }
             client.reply(&Reply::Vms(vms)).await.map(Ok)
         }
         Request::VmShow { name } => match worker.show(&name) {
@@ -263,7 +268,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = worker(dir.path()).await;
         let replies = ask(&socket, b"{\"vm-list\": {}}\n").await;
-        assert!(matches!(&replies[..], [Reply::Vms(vms), Reply::Done {}] if vms.len() == 1 && vms[0].name.as_str() == "a"), "{replies:?}");
+        assert!(
+            matches!(&replies[..], [Reply::Notice { .. }, Reply::Vms(vms), Reply::Done {}] if vms.len() == 1 && vms[0].name.as_str() == "a"),
+            "{replies:?}"
+        );
         let replies = ask(&socket, b"{\"vm-start\": {\"name\": \"a\", \"wait\": true}}\n").await;
         assert_eq!(kind(&replies), Some(FailureKind::Unreachable));
         let replies = ask(&socket, b"{\"vm-show\": {\"name\": \"x\\u001b[31m\"}}\n").await;
@@ -290,6 +298,6 @@ mod tests {
         let mut endless = UnixStream::connect(&socket).await.unwrap();
         tokio::spawn(async move { while endless.write_all(&[b'x'; 1024]).await.is_ok() {} });
         let replies = timeout(Duration::from_secs(2), ask(&socket, b"{\"vm-list\": {}}\n")).await.unwrap();
-        assert_eq!(replies.len(), 2);
+        assert_eq!(replies.len(), 3);
     }
 }

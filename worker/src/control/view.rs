@@ -13,8 +13,10 @@ use tokio::time::timeout;
 const INVENTORY: Duration = Duration::from_secs(2);
 
 pub fn vm(shown: Shown) -> VmView {
-    let Shown { name, desired, status, held } = shown;
-    let enabled = desired.as_ref().is_some_and(|vm| vm.enabled);
+    let Shown { name, desired, status, held, unusable } = shown;
+    // Where a broken file told nothing yet: what runs was enabled.
+    let enabled = desired.as_ref().map_or(unusable.is_some(), |vm| vm.enabled);
+    let file = unusable.as_ref().and(status.as_ref()).and_then(|status| status.file.clone());
     let phase = status.as_ref().map_or(Phase::Stopped, |status| status.phase);
     let mut reason = status.as_ref().and_then(|status| status.reason.clone());
     if phase == Phase::Stopped {
@@ -23,11 +25,22 @@ pub fn vm(shown: Shown) -> VmView {
     } else if reason.is_none() {
         reason = desired.as_ref().and_then(|vm| vm.warnings.first().cloned());
     }
+    if let Some(refused) = status.as_ref().and_then(|status| status.refused.as_ref()) {
+        reason = Some(reason.map_or_else(|| refused.sentence.clone(), |reason| format!("{reason}; {}", refused.sentence)));
+    }
+    if let Some(unusable) = unusable {
+        let meanwhile = match phase {
+            Phase::Booting | Phase::Healthy | Phase::Unhealthy => "the VM runs on as it was started",
+            Phase::Stopped | Phase::Starting | Phase::Stopping | Phase::BackOff | Phase::Failed => "what it said last counts",
+        };
+        let unusable = format!("{unusable}; {meanwhile}");
+        reason = Some(reason.map_or_else(|| unusable.clone(), |reason| format!("{reason}; {unusable}")));
+    }
     // What runs is shown as it runs, and not as its file has become since.
     let machine = status.as_ref().and_then(|status| status.machine.as_deref()).or(desired.as_ref().map(|vm| &vm.machine)).cloned();
     VmView {
         name,
-        file: desired.as_ref().map(|vm| vm.file.clone()),
+        file: desired.as_ref().map(|vm| vm.file.clone()).or(file),
         enabled,
         phase,
         reason,
@@ -59,6 +72,17 @@ fn forward(forward: &diarch_ipc::name::Forward) -> ForwardView {
     }
 }
 
+/// How the worker stands to the supervisor, without asking it.
+pub fn supervisor_state(worker: &Worker) -> String {
+    match &*worker.link.state().borrow() {
+        State::Connecting => "connecting".into(),
+        State::Ready { .. } => "ready".into(),
+        State::Lost { reason } => format!("lost: {reason}"),
+        State::Restarting { attempt } => format!("restarting (attempt {attempt})"),
+        State::GaveUp { reason } => format!("gave up: {reason}"),
+    }
+}
+
 pub async fn status(worker: &Worker) -> StatusView {
     // Fills the facts; what it says of VMs is not asked here.
     let _ = timeout(INVENTORY, worker.link.inventory()).await;
@@ -68,13 +92,7 @@ pub async fn status(worker: &Worker) -> StatusView {
         worker_started_ms: worker.started_ms,
         worker_uid: rustix::process::geteuid().as_raw(),
         worker_pid: std::process::id(),
-        supervisor_state: match &*worker.link.state().borrow() {
-            State::Connecting => "connecting".into(),
-            State::Ready { .. } => "ready".into(),
-            State::Lost { reason } => format!("lost: {reason}"),
-            State::Restarting { attempt } => format!("restarting (attempt {attempt})"),
-            State::GaveUp { reason } => format!("gave up: {reason}"),
-        },
+        supervisor_state: supervisor_state(worker),
         supervisor,
         configs_dir: worker.config.configs_dir.display().to_string(),
         log_directory: worker.config.log_directory.display().to_string(),

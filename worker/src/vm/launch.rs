@@ -27,6 +27,13 @@ pub struct Opened {
 pub fn open(logs: &Logs, name: &Label, machine: &Machine) -> Result<Opened, String> {
     let opened = logs.append(name).map_err(|error| format!("its logs can't be opened: {error}"))?;
     let mut fds = vec![opened.qemu, opened.console];
+    fds.extend(files(machine)?);
+    Ok(Opened { fds, log_mark: opened.mark })
+}
+
+/// All that the machine names, opened as its QEMU gets it.
+pub fn files(machine: &Machine) -> Result<Vec<OwnedFd>, String> {
+    let mut fds = Vec::new();
     for (what, path) in [("kernel", &machine.kernel), ("initrd", &machine.initrd), ("firmware", &machine.firmware)] {
         if let Some(path) = path {
             fds.push(readable_by_qemu(what, path, file(what, path, OFlags::RDONLY, Accept::Regular)?)?);
@@ -39,7 +46,7 @@ pub fn open(logs: &Logs, name: &Label, machine: &Machine) -> Result<Opened, Stri
         };
         fds.push(file("disk", &disk.path, access, Accept::RegularOrBlock)?);
     }
-    Ok(Opened { fds, log_mark: opened.mark })
+    Ok(fds)
 }
 
 /// A kernel, initial RAM disk or firmware that is not world-readable and larger than this is a mistake.

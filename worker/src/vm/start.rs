@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 /// A file that does not open within this lies on a file system that hangs.
-const OPEN_FILES: Duration = Duration::from_secs(10);
+pub(super) const OPEN_FILES: Duration = Duration::from_secs(10);
 /// An adoption that failed is tried again: the VM runs, and only our view of it is missing.
 const ADOPT_AGAIN: Duration = Duration::from_secs(5);
 
@@ -48,7 +48,10 @@ impl Vm {
             status.started_ms = None;
             status.healthy_ms = None;
             status.guest_reboots = 0;
+            status.refused = None;
+            status.at_rest = false;
         });
+        self.health = desired.health.clone();
         let failure = self.status.borrow().reason.clone().filter(|_| self.pace.failures() > 0);
         if self.told_failed.is_none() {
             self.note("vm.starting", failure.map_or(intent.why, |failure| format!("again, after failure {} in a row: {failure}", self.pace.failures())));

@@ -4,6 +4,7 @@ use super::bring_down::Cause;
 use super::ending::{Blame, Ending};
 use super::pace::SETTLED_AFTER;
 use super::qemu::{Happened, Origin, Qemu};
+use super::trial::Trials;
 use super::{Note, Stage, Vm, Want};
 use crate::control::protocol::Phase;
 use crate::health::{self, Target, Verdict};
@@ -56,8 +57,12 @@ impl Vm {
         let mut prober: Option<Prober> = None;
         let mut settled: Option<Instant> = None;
         let mut mute: Option<Instant> = None;
+        let mut trials = Trials::default();
+        self.take_note_of_health();
+        self.look_for_restart(&mut trials);
         loop {
             let settling = at(settled);
+            let trying_again = at(trials.again);
             let muted = at(mute);
             let verdict = async {
                 match &mut prober {
@@ -109,8 +114,9 @@ impl Vm {
                         return Stage::Down(qemu, cause);
                     }
                     self.take_note_of_file();
-                    let now = self.desired().and_then(|desired| desired.health.clone());
-                    if greeted && mute.is_none() && prober.as_ref().map(|prober| &prober.health) != now.as_ref() {
+                    self.take_note_of_health();
+                    self.look_for_restart(&mut trials);
+                    if greeted && mute.is_none() && prober.as_ref().map(|prober| &prober.health) != self.health.as_ref() {
                         prober = self.prober(&qemu, qemu.age());
                         if prober.is_none() {
                             settled = self.healthy();
@@ -150,6 +156,10 @@ impl Vm {
                         }
                     }
                 },
+                outcome = trials.outcome() => if self.tried(&mut trials, outcome) {
+                    return Stage::Down(qemu, Cause::Stop);
+                },
+                () = trying_again => self.try_again(&mut trials),
                 () = settling => {
                     settled = None;
                     self.pace.forget();
@@ -162,13 +172,12 @@ impl Vm {
         self.intent.borrow().desired.clone()
     }
 
-    /// Whether the worker wants this QEMU gone.
+    /// Whether the worker wants this QEMU gone, whatever comes after it.
     fn called_off(&mut self) -> Option<Cause> {
         let intent = self.intent.borrow_and_update();
         match intent.want {
             Want::Kill => Some(Cause::Kill),
             Want::Stop => Some(Cause::Stop),
-            Want::Run if intent.restarts > self.status.borrow().seen_restarts => Some(Cause::Stop),
             Want::Run => None,
         }
     }
@@ -187,10 +196,18 @@ impl Vm {
         }
     }
 
+    /// A file that asks for another machine may come with a probe that only that machine answers: until it runs, the old one counts.
+    fn take_note_of_health(&mut self) {
+        if let Some(desired) = self.desired()
+            && self.status.borrow().machine.as_deref().is_none_or(|machine| *machine == desired.machine)
+        {
+            self.health = desired.health.clone();
+        }
+    }
+
     fn prober(&self, qemu: &Qemu, booting_for: Duration) -> Option<Prober> {
-        let desired = self.desired()?;
-        let health = desired.health.clone()?;
-        let machine: Arc<Machine> = self.status.borrow().machine.clone().unwrap_or_else(|| Arc::new(desired.machine.clone()));
+        let health = self.health.clone()?;
+        let machine: Arc<Machine> = self.status.borrow().machine.clone().or_else(|| Some(Arc::new(self.desired()?.machine.clone())))?;
         let address = match &health.probe {
             Probe::Http { host_port, .. } | Probe::Tcp { host_port } => Some(machine.probe_address(*host_port)),
             Probe::Qmp => None,

@@ -157,6 +157,7 @@ impl Problems<'_> {
 
 /// Reads the contents of the file named `file`; gives all that is wrong with it otherwise.
 pub fn parse(file: &str, bytes: &[u8]) -> Result<Desired, Vec<FileProblem>> {
+    arrays(file, bytes)?;
     let raw: Raw = json::parse(bytes).map_err(|error| vec![FileProblem { file: file.to_owned(), path: error.path, line: error.line, reason: error.reason }])?;
     let mut problems = Problems { file, found: Vec::new() };
     let memory = memory(&raw.qemu_configuration, &mut problems);
@@ -213,6 +214,28 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Desired, Vec<FileProblem>> {
         restart: raw.restart.policy.unwrap_or(RestartPolicy::OnFailure),
         warnings: warnings.into_iter().collect(),
     })
+}
+
+/// The objects of a VM file. serde takes an array for a struct, field by field in the order of its source: nobody means that.
+const OBJECTS: &[&str] =
+    &["", "/qemu_configuration", "/image", "/network", "/health", "/health/http", "/health/tcp", "/health/qmp", "/restart", "/run_configuration"];
+
+fn arrays(file: &str, bytes: &[u8]) -> Result<(), Vec<FileProblem>> {
+    // What is no JSON at all is told better by who reads it next.
+    let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes) else { return Ok(()) };
+    let forwards = value.pointer("/network/forwards").and_then(|forwards| forwards.as_array()).map_or(0, Vec::len);
+    let pointers = OBJECTS.iter().map(|pointer| (*pointer).to_owned()).chain((0..forwards).map(|index| format!("/network/forwards/{index}")));
+    let found: Vec<FileProblem> = pointers
+        .filter(|pointer| value.pointer(pointer).is_some_and(serde_json::Value::is_array))
+        .map(|pointer| {
+            let path = match pointer.strip_prefix("/network/forwards/") {
+                Some(index) => format!("$.network.forwards[{index}]"),
+                None => format!("${}", pointer.replace('/', ".")),
+            };
+            FileProblem { file: file.to_owned(), path, line: None, reason: "an object is needed".into() }
+        })
+        .collect();
+    if found.is_empty() { Ok(()) } else { Err(found) }
 }
 
 fn memory(qemu: &RawQemu, problems: &mut Problems<'_>) -> Option<MiB> {
@@ -350,6 +373,21 @@ mod tests {
             let found = with(from, to);
             assert!(found.iter().any(|(p, _)| p == path), "{from} -> {to}: {found:?}");
         }
+    }
+
+    #[test]
+    fn an_array_in_the_place_of_an_object_is_refused() {
+        let network = r#""network": {"forwards": [{"protocol": "udp", "host_address": "::1", "host_port": 1, "guest_port": 2}], "egress": "host"}"#;
+        for (from, to, path) in [
+            (r#"{"policy": "always"}"#, r#"["always"]"#, "$.restart"),
+            (r#"{"host_port": 8080, "path": "/x"}"#, r#"[8080, "/x"]"#, "$.health.http"),
+            (network, r#""network": {"forwards": [["udp", "::1", 1, 2]]}"#, "$.network.forwards[0]"),
+            (network, r#""network": [[], null]"#, "$.network"),
+        ] {
+            assert_eq!(with(from, to), [(path.to_owned(), "an object is needed".to_owned())]);
+        }
+        assert_eq!(wrong("[]")[0].0, "$");
+        assert_eq!(wrong(r#"{"name": "a", "image": ["/x", null, null, null, null, null, null]}"#)[0].0, "$.image");
     }
 
     #[test]
