@@ -623,7 +623,9 @@ pub fn descendants(pid: i32) -> Vec<Left> {
     let mut queue = children(pid);
     while let Some(pid) = queue.pop() {
         queue.extend(children(pid));
-        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        // A process may choose a name that is not UTF-8.
+        let Ok(stat) = std::fs::read(format!("/proc/{pid}/stat")) else { continue };
+        let stat = String::from_utf8_lossy(&stat);
         // "PID (NAME) STATE ...": the name may hold anything, so from the last bracket.
         let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
         if !stat[close + 1..].trim_start().starts_with(['Z', 'X']) {
