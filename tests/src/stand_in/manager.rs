@@ -532,7 +532,10 @@ fn bind_listen(listen: &Listen) -> io::Result<OwnedFd> {
 fn mount_tmpfs(config: &Config) -> io::Result<()> {
     use nix::mount::{MsFlags, mount};
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    // Where this fails, what is mounted next could show outside: then nothing is mounted.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).map_err(|error| {
+        io::Error::other(format!("/ can't be made a private mount ({error}); in a plain chroot it is no mount point: bind it onto itself first"))
+    })?;
     for tmpfs in &config.tmpfs {
         let options = format!("size={}k,mode=0755", tmpfs.size_kib);
         mount(Some("tmpfs"), &tmpfs.path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options.as_str()))?;
