@@ -53,13 +53,18 @@ pub fn read(supervisor: &Supervisor, asker: &Asker, call: &Call) -> Given {
         Request::HostInventory(ask) => Ok((Reply::HostInventory(vm::inventory::inventory(supervisor, ask)), Vec::new())),
         _ => Err(Error::Failed { step: "dispatch".into(), errno: None, detail: "not a read operation".into() }),
     });
-    if limited(&given) {
-        return given;
+    without_effect(supervisor, asker, call, given, started)
+}
+
+/// Audits a request in which nothing happened between intent and outcome: both records go with one write. A fault is counted, and hides nothing from
+/// who asks. What the limiter refused is counted there, and written as a sum.
+fn without_effect(supervisor: &Supervisor, asker: &Asker, call: &Call, given: Given, started: Instant) -> Given {
+    if !limited(&given) {
+        let row = call.request.operation();
+        let records: [(&str, Fields<'_>); 2] =
+            [("intent", &|line| intent(line, asker, row, call, Asked::First)), ("outcome", &|line| outcome(line, row, call.id, &given, started))];
+        let _ = supervisor.audit.borrow_mut().append_all(&records);
     }
-    // Nothing happened in between: both records go with one write. A fault is counted, and hides nothing from who asks.
-    let records: [(&str, Fields<'_>); 2] =
-        [("intent", &|line| intent(line, asker, row, call, Asked::First)), ("outcome", &|line| outcome(line, row, call.id, &given, started))];
-    let _ = supervisor.audit.borrow_mut().append_all(&records);
     supervisor.sync_soon();
     given
 }
@@ -74,16 +79,11 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
     let running = supervisor.in_flight.borrow().get(&id).cloned();
     let admitted = admit(supervisor, asker, row, started).and_then(|()| match &running {
         Some(other) if other.request != call.request => Err(Error::invalid("id", "under this id, another request is being worked on")),
-        _ => Ok(()),
+        Some(_) => Ok(()),
+        None => room_for(supervisor, row),
     });
     if let Err(error) = admitted {
-        let given = Err(error);
-        if !limited(&given) {
-            let records: [(&str, Fields<'_>); 2] =
-                [("intent", &|line| intent(line, asker, row, &call, Asked::First)), ("outcome", &|line| outcome(line, row, id, &given, started))];
-            let _ = supervisor.audit.borrow_mut().append_all(&records);
-        }
-        return given;
+        return without_effect(supervisor, asker, &call, Err(error), started);
     }
     let mut result = match running {
         Some(running) => {
@@ -91,10 +91,6 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
             running.result
         }
         None => {
-            let limit = if row.effect == Effect::Grant { MAX_WORK } else { 2 * MAX_WORK };
-            if supervisor.in_flight.borrow().len() >= limit {
-                return Err(Error::Exhausted { what: "operations at one time".into(), limit: limit as u64, retry_after_ms: Some(100) });
-            }
             let written = supervisor.audit.borrow_mut().append_all(&[("intent", &|line| intent(line, asker, row, &call, Asked::First))]);
             if let (Err(fault), Effect::Grant) = (written, row.effect) {
                 return Err(Error::Failed { step: "audit".into(), errno: None, detail: format!("{fault}: nothing is granted until it can") });
@@ -111,12 +107,15 @@ pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds:
 
 /// Refuses a request of a worker that was replaced.
 pub fn superseded(supervisor: &Supervisor, asker: &Asker, call: &Call) -> Given {
-    let (row, started) = (call.request.operation(), Instant::now());
-    let given = Err(Error::Superseded);
-    let records: [(&str, Fields<'_>); 2] =
-        [("intent", &|line| intent(line, asker, row, call, Asked::First)), ("outcome", &|line| outcome(line, row, call.id, &given, started))];
-    let _ = supervisor.audit.borrow_mut().append_all(&records);
-    given
+    without_effect(supervisor, asker, call, Err(Error::Superseded), Instant::now())
+}
+
+fn room_for(supervisor: &Supervisor, row: &Operation) -> Result<(), Error> {
+    let limit = if row.effect == Effect::Grant { MAX_WORK } else { 2 * MAX_WORK };
+    if supervisor.in_flight.borrow().len() < limit {
+        return Ok(());
+    }
+    Err(Error::Exhausted { what: "operations at one time".into(), limit: limit as u64, retry_after_ms: Some(100) })
 }
 
 fn lost_result() -> Error {

@@ -1,7 +1,7 @@
 //! One whole Diarch in a directory: grants, both halves (or the supervisor alone), VM files, logs.
 //!
 //! ```text
-//!   /tmp/diarch-XXXX/          root's, 0755: the supervisor trusts a grants file only below directories that nobody else can write
+//!   /tmp/diarch-NAME/          root's, 0755: the supervisor trusts a grants file only below directories that nobody else can write
 //!     grants.toml  config.json
 //!     bin/                     the stub QEMU, and the halves where the build directory is closed to the worker's user
 //!     run/                     the supervisor's: supervisor.sock, vm/SLOT/ (a small tmpfs, where the test wants one; the socket is then beside it)
