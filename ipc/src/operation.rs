@@ -298,6 +298,8 @@ pub struct HostInventory {
     pub qemu: Vec<QemuGrant>,
     pub limits: Limits,
     pub audit: AuditState,
+    /// Each VM's QEMU is in a systemd unit of its own, `diarch-vm-SLOT.scope`, with limits of memory and tasks.
+    pub scopes: bool,
 }
 
 impl HostInventory {

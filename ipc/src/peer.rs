@@ -41,6 +41,11 @@ impl Peer {
         Ok(Peer { uid: creds.uid(), gid: creds.gid(), pid: creds.pid(), unit })
     }
 
+    /// Whether the connection was made by this very process. (Its number can't be another's while it lives.)
+    pub fn is_this_process(&self) -> bool {
+        u32::try_from(self.pid).is_ok_and(|pid| pid == std::process::id())
+    }
+
     /// Whether this is whom the grants expect.
     pub fn check(&self, expected: &Expected) -> Result<(), Error> {
         if self.uid != expected.uid {
@@ -110,6 +115,7 @@ mod tests {
         let peer = Peer::of(&one, false).unwrap();
         assert_eq!(peer.uid, rustix::process::geteuid().as_raw());
         assert_eq!(peer.pid, std::process::id() as i32);
+        assert!(peer.is_this_process());
         peer.check(&Expected { uid: peer.uid, unit: None }).unwrap();
     }
 

@@ -4,10 +4,12 @@ use crate::grants::GrantsError;
 use interprocess::local_socket::tokio::{Listener, prelude::*};
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The connections that wait while the supervisor is respawned.
 const BACKLOG: i32 = 64;
@@ -77,6 +79,13 @@ pub fn run_directory(path: &Path) -> Result<(), GrantsError> {
         return untrusted("belongs to somebody else or can be written by others");
     }
     Ok(())
+}
+
+/// Where a listening socket can be reached.
+pub fn path(socket: &OwnedFd) -> io::Result<PathBuf> {
+    let name = SocketAddrUnix::try_from(rustix::net::getsockname(socket)?)?;
+    let path = name.path().ok_or_else(|| io::Error::other("the socket that was passed on has no path"))?;
+    Ok(PathBuf::from(OsStr::from_bytes(path.to_bytes())))
 }
 
 /// Hands the socket to the runtime. `interprocess` takes a SEQPACKET listener as it is; see docs/DEPENDENCIES.md.

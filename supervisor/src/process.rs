@@ -126,11 +126,11 @@ pub fn find(recorded: Process, uid: u32) -> io::Result<Option<OwnedFd>> {
     Ok((found == Some((recorded.start_time, uid)) && alive).then_some(pidfd))
 }
 
-/// Whether the process runs under this name (`-name guest=...` is in its argument vector), and is not a half-made child of ours any more.
+/// Whether the process runs under this name (`-name ...,process=...` is in its argument vector), and is not a half-made child of ours any more.
 pub fn runs_as(pid: u32, name: &str) -> bool {
     let Ok(cmdline) = std::fs::read(format!("/proc/{pid}/cmdline")) else { return false };
-    let marker = format!("guest={name},");
-    cmdline.split(|b| *b == 0).any(|argument| argument.starts_with(marker.as_bytes()))
+    let marker = format!(",process={name},");
+    cmdline.split(|b| *b == 0).any(|argument| argument.windows(marker.len()).any(|part| part == marker.as_bytes()))
 }
 
 #[cfg(test)]

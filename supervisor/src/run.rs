@@ -88,6 +88,7 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
         qemu_grants,
         started_ms: now_ms(),
         kernel,
+        scopes: vm::scope::wanted(),
         audit: audit.into(),
         slots: std::cell::RefCell::default(),
         closed: findings.unreadable.iter().map(|lost| lost.slot).collect(),
@@ -122,6 +123,7 @@ async fn serve(supervisor: Rc<Supervisor>, findings: Findings, expected: Expecte
     supervisor.sync_soon();
     vm::adopt::adopt(&supervisor, findings.found);
 
+    let door = listen::path(&socket).map_err(at("the socket"))?;
     let listener = listen::listener(socket).map_err(at("the socket"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(at("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(at("signals"))?;
@@ -135,15 +137,19 @@ async fn serve(supervisor: Rc<Supervisor>, findings: Findings, expected: Expecte
     // Each on a task of its own: what is awaited here is looked at on every turn of the loop.
     let syncing = Rc::clone(&supervisor);
     tokio::task::spawn_local(async move { syncing.keep_synced().await });
-    tokio::task::spawn_local(feed_watchdog());
-    tokio::task::spawn_local(async move { server.serve(&listener).await });
-    let stopped = tokio::task::spawn_local(async move {
+    tokio::task::spawn_local(feed_watchdog(door));
+    let serving = tokio::task::spawn_local(async move { server.serve(&listener).await });
+    let ended = tokio::task::spawn_local(async move {
         tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+            // It has no end but a panic. A supervisor that hears nobody is worse than none: the next one takes over.
+            deaf = serving => Err(deaf),
         }
     });
-    let _ = stopped.await;
+    if let Ok(Err(deaf)) = ended.await {
+        return Err(StartError::Io { step: "accepting connections", error: std::io::Error::other(format!("{deaf:?}")) });
+    }
     tell_manager(&[NotifyState::Stopping]);
     // VMs live on, and the next supervisor finds them in the ledger.
     supervisor.note("stopped by a signal; VMs run on");
@@ -157,11 +163,16 @@ fn tell_manager(state: &[NotifyState<'_>]) {
     }
 }
 
-/// Feeds the service manager's watchdog from the very loop that answers requests: if it hangs, the food stops.
-async fn feed_watchdog() {
-    let Some(limit) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+/// Feeds the service manager's watchdog as long as somebody who knocks at our own door is heard: the loop turns, connections are accepted,
+/// and their peers are looked up.
+async fn feed_watchdog(door: PathBuf) {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return };
     loop {
         tokio::time::sleep((limit / 3).max(Duration::from_millis(100))).await;
-        tell_manager(&[NotifyState::Watchdog]);
+        match tokio::time::timeout(limit / 3, crate::server::knock(&door)).await {
+            Ok(Ok(())) => tell_manager(&[NotifyState::Watchdog]),
+            Ok(Err(error)) => tracing::error!(%error, "our own door is shut: the watchdog is not fed"),
+            Err(_) => tracing::error!("nobody answers our own door: the watchdog is not fed"),
+        }
     }
 }

@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,6 +86,17 @@ impl Server {
                 let _ = tokio::time::timeout(Duration::from_millis(100), channel.send(&ServerFrame::Refused(error), &[])).await;
             }
         });
+    }
+}
+
+/// Connects to our own socket, and waits until that was noticed: the watchdog's question. It is told apart by its process, which is this one,
+/// and leaves no trace.
+pub async fn knock(door: &Path) -> io::Result<()> {
+    let channel = Channel::connect(door)?;
+    match channel.receive::<ServerFrame>(&mut Receiver::default()).await {
+        Err(ReceiveError::Closed) => Ok(()),
+        Err(error) => Err(io::Error::other(error.to_string())),
+        Ok(_) => Err(io::Error::other("it was answered, and should have been let go")),
     }
 }
 
@@ -172,6 +184,9 @@ async fn connection(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &
 
 async fn converse(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc<Channel>, place: &Place) -> Result<(), Error> {
     let peer = Peer::of(&**channel, expected.unit.is_some())?;
+    if peer.is_this_process() {
+        return Ok(());
+    }
     peer.check(expected)?;
     let mut receiver = Receiver::default();
     let first = tokio::time::timeout(HELLO_PATIENCE, channel.receive::<ClientFrame>(&mut receiver)).await;

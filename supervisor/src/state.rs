@@ -27,6 +27,8 @@ pub struct Supervisor {
     pub qemu_grants: Vec<diarch_ipc::operation::QemuGrant>,
     pub started_ms: u64,
     pub kernel: String,
+    /// Whether each QEMU goes into a systemd scope of its own.
+    pub scopes: bool,
     pub kvm: RefCell<KvmVerdict>,
     pub audit: RefCell<Audit>,
     pub limiter: RefCell<Limiter>,
@@ -198,6 +200,7 @@ mod tests {
             qemu_grants: Vec::new(),
             started_ms: 0,
             kernel: String::new(),
+            scopes: false,
             audit: Audit::open(&directory.join("audit")).unwrap().into(),
             slots: RefCell::default(),
             closed: BTreeSet::new(),

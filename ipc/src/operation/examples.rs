@@ -46,6 +46,7 @@ impl Example for HostInventory {
             qemu: vec![QemuGrant { name: ok(QemuName::new("default")), path: "/usr/bin/qemu-system-x86_64".into(), trouble: None }],
             limits: Limits { vms: 1, memory_mib: 1, memory_mib_used: 0, cpus_each: 1 },
             audit: AuditState { sequence: 1, head: "00".into(), trouble: None, lost: 0 },
+            scopes: true,
         }
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! Checked against QEMU 7.2 (Debian 12) and 10.0 (Debian 13).
 
-use diarch_ipc::name::{Forward, Slot};
+use diarch_ipc::name::{Forward, Label, Slot};
 use diarch_ipc::spec::{Accelerator, Boot, DiskAccess, DiskFormat, Egress, FdRole, Nic, VmSpec};
 use serde_json::json;
 
@@ -23,12 +23,12 @@ pub fn process_name(slot: Slot) -> String {
 }
 
 /// The whole vector, `argv[0]` included.
-pub fn render(program: &str, slot: Slot, spec: &VmSpec) -> Vec<String> {
+pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec) -> Vec<String> {
     let mut argv: Vec<String> = Vec::with_capacity(64);
     let mut push = |args: &[&str]| argv.extend(args.iter().map(|a| (*a).to_owned()));
 
-    let name = process_name(slot);
-    push(&[program, "-name", &format!("guest={name},process={name},debug-threads=on")]);
+    // Neither can hold a comma or an equals sign. The label is for people (`systemd-cgls`, `ps`); nothing is found by it.
+    push(&[program, "-name", &format!("guest={label},process={},debug-threads=on", process_name(slot))]);
     push(&["-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on"]);
     // spawn=deny: no fork and exec; elevateprivileges=deny: no set*id (system/qemu-options, "-sandbox").
     push(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
@@ -120,6 +120,9 @@ mod tests {
         });
         spawn.unwrap().spec
     }
+    fn label() -> Label {
+        Label::new("web").unwrap()
+    }
     fn slot() -> Slot {
         Slot::new(3).unwrap()
     }
@@ -129,7 +132,7 @@ mod tests {
 
     #[test]
     fn the_example_renders_as_it_should() {
-        let argv = render("/usr/bin/qemu-system-x86_64", slot(), &example());
+        let argv = render("/usr/bin/qemu-system-x86_64", slot(), &label(), &example());
         assert_eq!(after(&argv, "-kernel"), ["/proc/self/fd/6"]);
         assert_eq!(after(&argv, "-initrd"), ["/proc/self/fd/7"]);
         assert_eq!(after(&argv, "-append"), ["console=ttyS0"]);
@@ -147,7 +150,7 @@ mod tests {
     fn a_qcow2_image_never_opens_a_backing_file() {
         let mut spec = example();
         spec.disks[0].format = DiskFormat::Qcow2;
-        let argv = render("q", slot(), &spec);
+        let argv = render("q", slot(), &label(), &spec);
         let format: serde_json::Value = serde_json::from_str(after(&argv, "-blockdev")[1]).unwrap();
         assert!(format.as_object().unwrap().contains_key("backing") && format["backing"].is_null());
     }
@@ -156,12 +159,12 @@ mod tests {
         /// Whatever the command line says, it is one argument and changes no other.
         #[test]
         fn a_command_line_never_adds_or_changes_an_argument(text in "[ -~]{0,200}") {
-            let plain = render("q", slot(), &example());
+            let plain = render("q", slot(), &label(), &example());
             let mut spec = example();
             if let Boot::Kernel { command_line, .. } = &mut spec.boot {
                 *command_line = CommandLine::new(text.clone()).unwrap();
             }
-            let argv = render("q", slot(), &spec);
+            let argv = render("q", slot(), &label(), &spec);
             prop_assert_eq!(argv.len(), plain.len());
             for (one, other) in argv.iter().zip(&plain) {
                 prop_assert!(one == other || *one == text);

@@ -30,6 +30,7 @@ pub fn inventory(supervisor: &Supervisor, ask: &Inventory) -> HostInventory {
             cpus_each: grants.vms.cpus_each,
         },
         audit: supervisor.audit.borrow().state(),
+        scopes: supervisor.scopes,
     }
 }
 

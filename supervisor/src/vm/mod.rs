@@ -12,6 +12,7 @@
 //! | `watch`     | (event `vm.exited`)           | sees QEMU end                                                |
 //! | `argv`      |                               | the argument vector, from a typed specification              |
 //! | `jail`      |                               | between fork and exec                                        |
+//! | `scope`     |                               | its systemd unit, with the limits that the kernel keeps      |
 //! | `sockets`   |                               | QEMU's monitor and console sockets                           |
 //!
 //! Every operation reads: **vet, record, act** (audit and reply stand around all of them, in `dispatch`).
@@ -23,6 +24,7 @@ pub mod claim;
 pub mod inventory;
 pub mod jail;
 pub mod release;
+pub mod scope;
 pub mod signal;
 pub mod sockets;
 pub mod spawn;

@@ -4,12 +4,15 @@
 //!   facts   what the descriptors are, the granted binary opened and hashed        (helper thread; changes nothing)
 //!   vet     pure: request x grants x ledger x facts -> Vetted<Launch>
 //!   record  state spawning, and who asked
-//!   act     sockets, fork, pid into the ledger, gate open, exec                    (helper thread; see `jail`)
+//!   act     sockets, fork, pid into the ledger                                      (helper thread; see `jail`)
+//!           its scope, where systemd runs us                                        (see `scope`)
+//!           gate open, exec                                                         (helper thread)
 //!   record  state running
 //! ```
 //!
 //! Killed anywhere in between, the supervisor leaves either nothing or a QEMU whose pid the ledger knows.
 
+use super::scope::{self, Scope};
 use super::{argv, jail, sockets, watch};
 use crate::audit::now_ms;
 use crate::grants::Grants;
@@ -54,10 +57,19 @@ struct Launch {
     fds: Vec<OwnedFd>,
     extra_group: Option<u32>,
     max_tasks: u64,
+    scope: Scope,
 }
 
 /// The answer, with the pidfd and a connection to the monitor.
 type Started = (Spawned, Vec<Rc<OwnedFd>>);
+
+/// A QEMU that waits at its gate; the ledger knows it.
+struct Waiting {
+    gated: jail::Gated,
+    scope: Scope,
+    qmp: OwnedFd,
+    record: Record,
+}
 
 /// A QEMU that runs.
 struct Launched {
@@ -82,8 +94,7 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     let before = supervisor.with(slot, |vm| vm.record.clone())?;
     supervisor.record(vetted.record.clone())?;
 
-    let ledger = supervisor.ledger.clone();
-    let launched = supervisor.act(row, slot, "start QEMU", move || act(vetted, &ledger)).await.and_then(|done| done);
+    let launched = launch(supervisor, row, slot, vetted).await;
     let launched = match launched {
         Ok(launched) => launched,
         Err(error) => {
@@ -192,13 +203,15 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         forwards: spec.nics.iter().flat_map(|nic| nic.forwards.iter().copied()).collect(),
         exit: None,
     };
+    let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS;
     Ok(Vetted::by_vet(Launch {
         record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
-        argv: argv::render(&granted.path.to_string_lossy(), ask.slot, spec),
+        argv: argv::render(&granted.path.to_string_lossy(), ask.slot, &vm.record.label, spec),
         program: facts.program.into(),
         fds: facts.fds,
         extra_group: if spec.accelerator == Accelerator::Kvm { kvm::device_group() } else { None },
-        max_tasks: u64::from(spec.cpus.get()) + OWN_TASKS,
+        max_tasks,
+        scope: Scope::of(ask.slot, &vm.record.label, spec, max_tasks),
     }))
 }
 
@@ -278,11 +291,23 @@ fn admit_accelerator(grants: &Grants, kvm: &KvmVerdict, spec: &VmSpec) -> Result
     }
 }
 
-/// From here on the host changes.
-fn act(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Launched, Error> {
+/// From here on the host changes. What fails leaves no process.
+async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot, vetted: Vetted<Launch>) -> Result<Launched, Error> {
+    let ledger = supervisor.ledger.clone();
+    let waiting = supervisor.act(row, slot, "fork QEMU", move || fork(vetted, &ledger)).await??;
+    if supervisor.scopes
+        && let Err(error) = scope::enclose(&waiting.scope, &waiting.gated).await
+    {
+        // Its gate is closed, and its end waited for, on a helper: never in the loop.
+        let _ = supervisor.act(row, slot, "end the child", move || drop(waiting)).await;
+        return Err(error);
+    }
+    supervisor.act(row, slot, "start QEMU", move || open(waiting)).await?
+}
+
+fn fork(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Waiting, Error> {
     let mut launch = vetted.into_inner();
-    let slot = launch.record.slot;
-    let directory = ledger.directory(slot);
+    let directory = ledger.directory(launch.record.slot);
     let step = |name: &'static str| move |error: io::Error| Error::io(name, &error);
     let null: OwnedFd = File::options().read(true).write(true).open("/dev/null").map_err(step("open /dev/null"))?.into();
     let qmp_listener = sockets::listener(&directory, sockets::QMP).map_err(step("QMP socket"))?;
@@ -313,11 +338,16 @@ fn act(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Launched, Error> {
         run.process = Some(Process { pid: gated.pid, start_time });
         run.spawned_ms = now_ms();
     }
-    let pid = gated.pid;
-    let watched = gated.pidfd.try_clone().map_err(step("dup"))?;
-    let opened = ledger.write(&launch.record).map_err(step("ledger")).and_then(|()| gated.open(EXEC_PATIENCE));
-    match opened {
-        Ok(pidfd) => Ok(Launched { pidfd, qmp, record: launch.record }),
+    ledger.write(&launch.record).map_err(step("ledger"))?;
+    Ok(Waiting { gated, scope: launch.scope, qmp, record: launch.record })
+}
+
+fn open(waiting: Waiting) -> Result<Launched, Error> {
+    let Waiting { gated, qmp, record, .. } = waiting;
+    let (slot, pid) = (record.slot, gated.pid);
+    let watched = gated.pidfd.try_clone().map_err(|error| Error::io("dup", &error))?;
+    match gated.open(EXEC_PATIENCE) {
+        Ok(pidfd) => Ok(Launched { pidfd, qmp, record }),
         Err(error) => {
             let _ = process::wait_ended(&watched, EXEC_PATIENCE);
             process::reap(&watched);

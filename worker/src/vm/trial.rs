@@ -213,6 +213,7 @@ mod tests {
             qemu: vec![QemuGrant { name: QemuName::new("default").unwrap(), path: "/q".into(), trouble: None }],
             limits: Limits { vms: 8, memory_mib: 1024, memory_mib_used: 1024, cpus_each: 4 },
             audit: AuditState { sequence: 0, head: String::new(), trouble: None, lost: 0 },
+            scopes: true,
         };
         let with = |cpus, memory| Machine { cpus: Cpus::new(cpus).unwrap(), memory: MiB::new(memory).unwrap(), ..desired("a").machine };
         assert_eq!(within(&with(4, 512), &facts, 512), Ok(()));

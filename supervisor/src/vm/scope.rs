@@ -1,0 +1,188 @@
+//! A VM's place among the service manager's units: `diarch-vm-SLOT.scope` in `diarch-vms.slice`.
+//!
+//! In a unit of its own a QEMU is nobody's to stop by accident (`systemctl stop` of either half, an upgrade, `daemon-reexec`), has limits that the
+//! kernel keeps, and is seen by name. It is moved there while it still waits at its gate (`jail`), so that it never runs anywhere else.
+//!
+//! The one D-Bus method that root calls is `StartTransientUnit` (org.freedesktop.systemd1(5)), for a name, a slice and properties that are ours: of the
+//! worker's request they hold the label and three numbers. That the process was moved is not taken from systemd's word: `/proc/PID/cgroup` says it.
+
+use super::jail::Gated;
+use diarch_ipc::Error;
+use diarch_ipc::frame::printable;
+use diarch_ipc::name::{Label, Slot};
+use diarch_ipc::peer::unit_in;
+use diarch_ipc::spec::{Accelerator, VmSpec};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+use zbus::{Connection, Fd, OwnedObjectPath, Variant, proxy};
+
+/// The unit in which this program makes scopes. In any other (a test, a developer's terminal) QEMU stays in the caller's.
+const OUR_UNIT: &str = "diarch-supervisor.service";
+const SLICE: &str = "diarch-vms.slice";
+/// For the bus, for systemd's job, and for the last VM's scope to be gone: all are matters of milliseconds.
+const PATIENCE: Duration = Duration::from_secs(5);
+const AGAIN: Duration = Duration::from_millis(1);
+/// The first systemd that takes pidfds (`PIDFDs=`); an older one gets the number, which is as safe for a child that is not reaped.
+const TAKES_PIDFDS: u32 = 255;
+
+/// What the kernel lets a VM have beside the guest's memory.
+///
+/// * QEMU itself: its heap, device models, stacks, user-mode network, the disks' requests under way.
+/// * page tables, QEMU's and the nested ones: 16 bytes for each 4 KiB, doubled: 1/128, and as much for what is rounded up.
+/// * the translator's buffer for TCG: 1 GiB (QEMU's `tb-size`).
+///
+/// The page cache of its disks counts as well, but gives way.
+const OF_QEMU: u64 = 256 << 20;
+const OF_EACH_CPU: u64 = 16 << 20;
+const OF_TRANSLATOR: u64 = 1 << 30;
+
+/// A scope that is to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scope {
+    name: String,
+    description: String,
+    memory_max: u64,
+    tasks_max: u64,
+    kvm: bool,
+}
+
+impl Scope {
+    pub fn of(slot: Slot, label: &Label, spec: &VmSpec, tasks_max: u64) -> Self {
+        let guest = u64::from(spec.memory.get()) << 20;
+        let translator = if spec.accelerator == Accelerator::Tcg { OF_TRANSLATOR } else { 0 };
+        Self {
+            name: format!("diarch-vm-{slot}.scope"),
+            description: format!("Diarch VM {label} (slot {slot})"),
+            memory_max: guest + guest / 64 + OF_QEMU + OF_EACH_CPU * u64::from(spec.cpus.get()) + translator,
+            tasks_max,
+            kvm: spec.accelerator == Accelerator::Kvm,
+        }
+    }
+}
+
+#[proxy(
+    interface = "org.freedesktop.systemd1.Manager",
+    default_service = "org.freedesktop.systemd1",
+    default_path = "/org/freedesktop/systemd1",
+)]
+trait Manager {
+    #[zbus(property)]
+    fn version(&self) -> zbus::Result<String>;
+    fn start_transient_unit(
+        &self,
+        name: &str,
+        mode: &str,
+        properties: &[(&str, Variant<'_>)],
+        others: &[(&str, &[(&str, Variant<'_>)])],
+    ) -> zbus::Result<OwnedObjectPath>;
+}
+
+/// Whether this process makes scopes: it does exactly when systemd runs it as its own unit, by the kernel's word.
+pub fn wanted() -> bool {
+    std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| unit_in(&text)).as_deref() == Some(OUR_UNIT)
+}
+
+/// Moves a child that waits at its gate into its scope.
+pub async fn enclose(scope: &Scope, child: &Gated) -> Result<(), Error> {
+    let failed = |detail: String| Error::Failed { step: format!("make {}", scope.name), errno: None, detail };
+    match tokio::time::timeout(PATIENCE, start(scope, child)).await {
+        Ok(started) => started.map_err(failed)?,
+        Err(_) => return Err(failed(format!("systemd did not answer on the system bus within {} s", PATIENCE.as_secs()))),
+    }
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let text = std::fs::read_to_string(format!("/proc/{}/cgroup", child.pid)).map_err(|error| Error::io("read /proc", &error))?;
+        if unit_in(&text).as_deref() == Some(&scope.name) {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            return Err(failed(format!("systemd took the job and did not move QEMU within {} s; see journalctl -u {}", PATIENCE.as_secs(), scope.name)));
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// A connection for each: an idle supervisor holds none, hears nothing, and does not mind when the bus is restarted.
+async fn start(scope: &Scope, child: &Gated) -> Result<(), String> {
+    let no_bus = |error: zbus::Error| format!("the system bus can't be used ({}); is dbus running?", printable(&error.to_string(), 200));
+    let bus = Connection::system().await.map_err(no_bus)?;
+    let manager = ManagerProxy::builder(&bus).cache_properties(zbus::proxy::CacheProperties::No).build().await.map_err(no_bus)?;
+    let version = manager.version().await.map_err(|error| said(&error))?;
+    let pidfds = major(&version) >= TAKES_PIDFDS;
+    loop {
+        let members = if pidfds {
+            ("PIDFDs", Variant::from(vec![Fd::from(child.pidfd.as_fd())]))
+        } else {
+            ("PIDs", Variant::from(vec![child.pid]))
+        };
+        let mut properties = vec![
+            ("Description", scope.description.as_str().into()),
+            ("Slice", SLICE.into()),
+            members,
+            // A scope whose last process was killed is "failed": it must not stay, since the next VM of this slot needs its name.
+            ("CollectMode", "inactive-or-failed".into()),
+            ("MemoryMax", scope.memory_max.into()),
+            // The guest's memory is never written to a disk of the host.
+            ("MemorySwapMax", 0u64.into()),
+            ("TasksMax", scope.tasks_max.into()),
+            // /dev/null and its like; what else a VM is given comes as an open descriptor.
+            ("DevicePolicy", "closed".into()),
+        ];
+        if scope.kvm {
+            properties.push(("DeviceAllow", vec![("/dev/kvm", "rw")].into()));
+        }
+        match manager.start_transient_unit(&scope.name, "fail", &properties, &[]).await {
+            Ok(_job) => return Ok(()),
+            // The slot's last QEMU has ended and systemd has not noticed yet. (Or lives, in a scope that is not in the ledger: then this goes on
+            // until the caller's patience ends, and nothing is started.)
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == "org.freedesktop.systemd1.UnitExists" => tokio::time::sleep(AGAIN).await,
+            Err(error) => return Err(said(&error)),
+        }
+    }
+}
+
+fn said(error: &zbus::Error) -> String {
+    format!("systemd said: {}", printable(&error.to_string(), 300))
+}
+
+/// `257.9-1~deb13u1` is 257, as is `v257`; what can't be read is old.
+fn major(version: &str) -> u32 {
+    let digits: String = version.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diarch_ipc::operation::{Example, Spawn};
+
+    fn scope(accelerator: Accelerator, mib: u64, cpus: u64) -> Scope {
+        let mut spec = Spawn::example().spec;
+        spec.accelerator = accelerator;
+        spec.memory = diarch_ipc::name::MiB::new(mib).unwrap();
+        spec.cpus = diarch_ipc::name::Cpus::new(cpus).unwrap();
+        Scope::of(Slot::new(7).unwrap(), &Label::new("web").unwrap(), &spec, 161)
+    }
+
+    #[test]
+    fn a_scope_is_named_by_its_slot_and_described_by_its_label() {
+        let scope = scope(Accelerator::Kvm, 16, 1);
+        assert_eq!(scope.name, "diarch-vm-7.scope");
+        assert_eq!(scope.description, "Diarch VM web (slot 7)");
+        assert_eq!(scope.tasks_max, 161);
+    }
+
+    #[test]
+    fn the_memory_limit_leaves_room_for_qemu_the_page_tables_and_the_translator() {
+        let mib = |scope: Scope| scope.memory_max >> 20;
+        assert_eq!(mib(scope(Accelerator::Kvm, 1024, 2)), 1024 + 16 + 256 + 32);
+        assert_eq!(mib(scope(Accelerator::Tcg, 1024, 2)), 1024 + 16 + 256 + 32 + 1024);
+    }
+
+    #[test]
+    fn systemds_version_is_its_first_number() {
+        for (text, number) in [("257.9-1~deb13u1", 257), ("252.39-1~deb12u2", 252), ("v255", 255), ("255", 255), ("", 0), ("x", 0)] {
+            assert_eq!(major(text), number, "{text}");
+        }
+    }
+}
