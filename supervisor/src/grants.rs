@@ -188,7 +188,7 @@ impl Grants {
         if read as u64 > MAX_BYTES {
             return Err(GrantsError::TooLarge { path: path.to_owned() });
         }
-        let grants: Grants = toml::from_str(&text).map_err(|error| GrantsError::Syntax { path: path.to_owned(), reason: error.to_string() })?;
+        let grants: Grants = toml::from_str(&text).map_err(|error| GrantsError::Syntax { path: path.to_owned(), reason: in_one_line(&text, &error) })?;
         grants.check()?;
         Ok(grants)
     }
@@ -241,6 +241,14 @@ impl Grants {
         }
         Ok(())
     }
+}
+
+/// The parser's own wording draws the line over several; this goes to the journal, to `systemctl status`, and to other programs.
+fn in_one_line(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
+    let Some(before) = error.span().and_then(|span| text.get(..span.start)) else { return message };
+    let (line, column) = (before.matches('\n').count() + 1, before.rsplit('\n').next().map_or(0, |last| last.chars().count()) + 1);
+    format!("line {line}, column {column}: {message}")
 }
 
 /// Opens a file that only `owner` can have written: the file, and every directory above it.

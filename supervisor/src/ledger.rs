@@ -208,6 +208,23 @@ mod tests {
         assert_eq!(ledger.load().unwrap().0, [record(1)]);
     }
 
+    /// An upgrade must find the VMs that run: what a record gains later needs a default, and this text stays as it is.
+    #[test]
+    fn a_record_of_release_0_1_is_read() {
+        let text = r#"{"slot":1,"label":"web","uid":200001,"claim":{"session":18446744073709551615,"serial":1},"state":"running","run":{
+            "spawn":{"session":18446744073709551615,"serial":2},"asked":"00","process":{"pid":100,"start_time":7},"spawned_ms":1700000000000,"cpus":2,
+            "memory":256,"accelerator":"kvm","forwards":[{"protocol":"tcp","host_address":"127.0.0.1","host_port":8000,"guest_port":80}],
+            "exit":{"signal":9}}}"#;
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(dir.path()).unwrap();
+        ledger.create(&record(1)).unwrap();
+        fs::write(ledger.directory(Slot::new(1).unwrap()).join("record.json"), text).unwrap();
+        let (records, unreadable) = ledger.load().unwrap();
+        assert!(unreadable.is_empty(), "{unreadable:?}");
+        let run = records[0].run.as_ref().unwrap();
+        assert_eq!((run.process, run.forwards.len(), run.exit), (Some(Process { pid: 100, start_time: 7 }), 1, Some(ExitStatus::Signal(9))));
+    }
+
     #[test]
     fn slots_on_their_way_in_or_out_are_swept() {
         let dir = tempfile::tempdir().unwrap();

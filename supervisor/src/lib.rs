@@ -40,5 +40,6 @@ pub mod run;
 pub mod server;
 pub mod session;
 pub mod state;
+pub mod usage;
 pub mod vetted;
 pub mod vm;

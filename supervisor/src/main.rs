@@ -1,30 +1,20 @@
 //! `diarch-supervisor`: the command line of the privileged half.
 
+use diarch_supervisor::usage::HELP;
 use diarch_supervisor::{audit, grants, kvm, listen, run};
 use lexopt::prelude::*;
+use sd_notify::NotifyState;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
-
-const HELP: &str = "\
-diarch-supervisor: the privileged half of Diarch
-
-  diarch-supervisor [run] [--grants FILE] [--run-dir DIR] [--audit FILE] [--socket PATH]
-      Serve, on the socket that systemd passes on or on PATH (default: DIR/supervisor.sock). Needs root.
-  diarch-supervisor operations [--format table|json|markdown]
-      Print everything that it can be asked to do.
-  diarch-supervisor check-grants FILE
-      Say whether a grants file would be accepted.
-  diarch-supervisor probe-kvm
-      Let a tiny guest run under KVM, and say in one line what became of it.
-  diarch-supervisor --version | --help
-
-Defaults: --grants /etc/diarch/grants.toml, --run-dir /run/diarch, --audit /var/log/diarch/audit.jsonl
-";
+use std::time::Duration;
 
 /// Configuration that is refused, as sysexits.h has it: no restart makes it right.
 const EX_CONFIG: u8 = 78;
 const USAGE: u8 = 2;
+/// A service manager starts us anew at once and for ever, so that a mended file heals by itself. This keeps the loop from becoming a storm, and leaves time
+/// to read the reason in `systemctl status`.
+const FAILED_START_PAUSE: Duration = Duration::from_secs(1);
 
 enum Command {
     Run(run::Settings),
@@ -192,7 +182,12 @@ fn serve(settings: &run::Settings) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(%error, "not started");
-            eprintln!("diarch-supervisor: {error}");
+            if std::env::var_os("NOTIFY_SOCKET").is_some() {
+                let _ = sd_notify::notify(&[NotifyState::Status(&format!("not started: {error}"))]);
+                std::thread::sleep(FAILED_START_PAUSE);
+            } else {
+                eprintln!("diarch-supervisor: {error}");
+            }
             match error {
                 run::StartError::Grants(_) => ExitCode::from(EX_CONFIG),
                 _ => ExitCode::FAILURE,

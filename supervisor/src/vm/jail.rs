@@ -3,10 +3,12 @@
 //! ```text
 //!   supervisor                                     child (still our program)
 //!   ----------                                     -------------------------
-//!   fork ------------------------------------------> waits at the gate (reads one byte)
+//!   fork ------------------------------------------> keeps its own descriptors only
+//!                                                    waits at the gate (reads one byte)
 //!   writes pid and start time into the ledger             |   gate closed instead (we died): exits, nothing was started
+//!   has it moved into its scope (see `scope`)             |
 //!   opens the gate (writes one byte) ----------------->   v
-//!                                                    places descriptors, limits, groups, user, no_new_privs
+//!                                                    limits, groups, user, no_new_privs
 //!   reads: end of file = exec worked <-------------- execveat (the gate is close-on-exec)
 //!          8 bytes = step and errno  <-------------- or what failed; exits
 //! ```
@@ -79,8 +81,7 @@ struct Prepared {
     gate: RawFd,
 }
 
-/// One at a time: two children that inherit each other's gate would each keep the other from seeing our death, and wait for ever. In turn, the younger goes
-/// first, and with it its copy of the elder's gate.
+/// One at a time: a child made in the middle of another's making could inherit a gate that nobody closes for it.
 static ONE_FORK: Mutex<()> = Mutex::new(());
 
 /// Forks. The child does nothing until [`Gated::open`].
@@ -106,7 +107,7 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
     let forked = unsafe { libc::fork() };
     match forked {
         -1 => Err(step("fork", io::Error::last_os_error())),
-        0 => child(&mut prepared, ours.as_raw_fd()),
+        0 => child(&mut prepared),
         pid => {
             drop(theirs);
             let pid = u32::try_from(pid).map_err(|_| Error::Failed { step: "fork".into(), errno: None, detail: "no pid".into() })?;
@@ -145,8 +146,8 @@ impl Gated {
 }
 
 /// The child's whole life. Nothing here allocates or returns.
-fn child(with: &mut Prepared, parents_end: RawFd) -> ! {
-    let failed = confine(with, parents_end);
+fn child(with: &mut Prepared) -> ! {
+    let failed = confine(with);
     let (step, errno) = failed;
     let mut report = [0u8; 8];
     report[..4].copy_from_slice(&step.to_ne_bytes());
@@ -158,7 +159,7 @@ fn child(with: &mut Prepared, parents_end: RawFd) -> ! {
 }
 
 /// Turns this process into what the plan says; returns only to report the step and errno that failed.
-fn confine(with: &mut Prepared, parents_end: RawFd) -> (u32, c_int) {
+fn confine(with: &mut Prepared) -> (u32, c_int) {
     macro_rules! check {
         ($step:expr, $call:expr) => {
             // SAFETY: a system call with arguments that live until it returns; its result is checked.
@@ -167,8 +168,26 @@ fn confine(with: &mut Prepared, parents_end: RawFd) -> (u32, c_int) {
             }
         };
     }
-    // The parent's end must not be open here, or its death would never show at ours.
-    check!(0, libc::close(parents_end));
+    // Descriptors: first out of the way of the numbers they are to have, then to those numbers, the program and the gate behind them. All others go now, and not
+    // at exec: while the parent's end of our gate is open here, or in a sister that waits at hers, the parent's death would not show.
+    let own = c_int::try_from(with.fds.len()).unwrap_or(c_int::MAX - 2);
+    for fd in with.fds.iter_mut().chain([&mut with.program, &mut with.gate]) {
+        // SAFETY: duplicates a descriptor we hold; the result is checked.
+        let moved = unsafe { libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, (own + 2).max(64)) };
+        if moved < 0 {
+            return (2, Errno::last_raw());
+        }
+        *fd = moved;
+    }
+    for (target, fd) in (0..).zip(&with.fds) {
+        check!(2, libc::dup2(*fd, target));
+    }
+    check!(2, libc::dup3(with.program, own, libc::O_CLOEXEC));
+    with.program = own;
+    check!(2, libc::dup3(with.gate, own + 1, libc::O_CLOEXEC));
+    with.gate = own + 1;
+    check!(2, libc::syscall(libc::SYS_close_range, (own + 2) as c_long, c_long::from(u32::MAX), 0));
+
     let mut byte = 0u8;
     // SAFETY: one byte into `byte`.
     let got = unsafe { libc::read(with.gate, (&raw mut byte).cast(), 1) };
@@ -189,23 +208,6 @@ fn confine(with: &mut Prepared, parents_end: RawFd) -> (u32, c_int) {
     let empty: libc::sigset_t = unsafe { std::mem::zeroed() };
     check!(1, libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut()));
     check!(1, libc::setsid());
-
-    // Descriptors: first out of the way of the numbers they are to have, then to those numbers, then all others closed at exec.
-    let safe = c_int::try_from(with.fds.len()).unwrap_or(64).max(64);
-    for fd in with.fds.iter_mut().chain([&mut with.program, &mut with.gate]) {
-        // SAFETY: duplicates a descriptor we hold; the result is checked.
-        let moved = unsafe { libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, safe) };
-        if moved < 0 {
-            return (2, Errno::last_raw());
-        }
-        *fd = moved;
-    }
-    let mut target: c_int = 0;
-    for fd in &with.fds {
-        check!(2, libc::dup2(*fd, target));
-        target += 1;
-    }
-    check!(2, libc::syscall(libc::SYS_close_range, target as c_long, c_long::from(u32::MAX), libc::CLOSE_RANGE_CLOEXEC as c_long));
 
     let limit = |value: u64| libc::rlimit { rlim_cur: value, rlim_max: value };
     // No core: it would hold the guest's memory (THREATS 21).

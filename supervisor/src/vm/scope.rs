@@ -3,8 +3,9 @@
 //! In a unit of its own a QEMU is nobody's to stop by accident (`systemctl stop` of either half, an upgrade, `daemon-reexec`), has limits that the
 //! kernel keeps, and is seen by name. It is moved there while it still waits at its gate (`jail`), so that it never runs anywhere else.
 //!
-//! The one D-Bus method that root calls is `StartTransientUnit` (org.freedesktop.systemd1(5)), for a name, a slice and properties that are ours: of the
-//! worker's request they hold the label and three numbers. That the process was moved is not taken from systemd's word: `/proc/PID/cgroup` says it.
+//! Root calls two D-Bus methods (org.freedesktop.systemd1(5)): `StartTransientUnit`, for a name, a slice and properties that are ours (of the worker's request they
+//! hold the label and three numbers), and `StopUnit`, for a scope of that name in which no process is. That the process was moved is not taken from
+//! systemd's word: `/proc/PID/cgroup` says it.
 
 use super::jail::Gated;
 use diarch_ipc::Error;
@@ -22,6 +23,11 @@ const SLICE: &str = "diarch-vms.slice";
 /// For the bus, for systemd's job, and for the last VM's scope to be gone: all are matters of milliseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_millis(1);
+/// After so many tries an old scope in which nobody is will not go by itself any more. (systemd learns of a scope's end when its last process leaves it. Of a
+/// process that ended at the moment it was moved in, as a waiting child does when we are killed, it may never learn.)
+const STUCK: u32 = 50;
+/// More of them, and it is not the slot's last QEMU that is in the way.
+const TRIES: u32 = 1_000;
 /// The first systemd that takes pidfds (`PIDFDs=`); an older one gets the number, which is as safe for a child that is not reaped.
 const TAKES_PIDFDS: u32 = 255;
 
@@ -60,11 +66,7 @@ impl Scope {
     }
 }
 
-#[proxy(
-    interface = "org.freedesktop.systemd1.Manager",
-    default_service = "org.freedesktop.systemd1",
-    default_path = "/org/freedesktop/systemd1",
-)]
+#[proxy(interface = "org.freedesktop.systemd1.Manager", default_service = "org.freedesktop.systemd1", default_path = "/org/freedesktop/systemd1")]
 trait Manager {
     #[zbus(property)]
     fn version(&self) -> zbus::Result<String>;
@@ -75,6 +77,7 @@ trait Manager {
         properties: &[(&str, Variant<'_>)],
         others: &[(&str, &[(&str, Variant<'_>)])],
     ) -> zbus::Result<OwnedObjectPath>;
+    fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
 }
 
 /// Whether this process makes scopes: it does exactly when systemd runs it as its own unit, by the kernel's word.
@@ -109,16 +112,14 @@ async fn start(scope: &Scope, child: &Gated) -> Result<(), String> {
     let manager = ManagerProxy::builder(&bus).cache_properties(zbus::proxy::CacheProperties::No).build().await.map_err(no_bus)?;
     let version = manager.version().await.map_err(|error| said(&error))?;
     let pidfds = major(&version) >= TAKES_PIDFDS;
-    loop {
-        let members = if pidfds {
-            ("PIDFDs", Variant::from(vec![Fd::from(child.pidfd.as_fd())]))
-        } else {
-            ("PIDs", Variant::from(vec![child.pid]))
-        };
+    for tried in 0..TRIES {
+        let members = if pidfds { ("PIDFDs", Variant::from(vec![Fd::from(child.pidfd.as_fd())])) } else { ("PIDs", Variant::from(vec![child.pid])) };
         let mut properties = vec![
             ("Description", scope.description.as_str().into()),
             ("Slice", SLICE.into()),
             members,
+            // Stopped in the reverse order: when the host shuts down, the worker brings its guests down before systemd ends what is left of them.
+            ("Before", vec!["diarch-worker.service"].into()),
             // A scope whose last process was killed is "failed": it must not stay, since the next VM of this slot needs its name.
             ("CollectMode", "inactive-or-failed".into()),
             ("MemoryMax", scope.memory_max.into()),
@@ -133,11 +134,25 @@ async fn start(scope: &Scope, child: &Gated) -> Result<(), String> {
         }
         match manager.start_transient_unit(&scope.name, "fail", &properties, &[]).await {
             Ok(_job) => return Ok(()),
-            // The slot's last QEMU has ended and systemd has not noticed yet. (Or lives, in a scope that is not in the ledger: then this goes on
-            // until the caller's patience ends, and nothing is started.)
-            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == "org.freedesktop.systemd1.UnitExists" => tokio::time::sleep(AGAIN).await,
+            // The slot's last QEMU has ended and systemd has not noticed yet.
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == "org.freedesktop.systemd1.UnitExists" => {
+                if tried % STUCK == STUCK - 1 && deserted(&scope.name) {
+                    tracing::info!(scope = scope.name, "nobody is left in the old scope: stopping it");
+                    manager.stop_unit(&scope.name, "replace").await.map_err(|error| said(&error))?;
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
             Err(error) => return Err(said(&error)),
         }
+    }
+    Err(format!("there is one already, with a process in it that the ledger does not know: see systemctl status {}", scope.name))
+}
+
+/// Whether the kernel knows no process in a scope of our slice. Nobody but we can have one moved there, and we hold the slot's lock.
+fn deserted(name: &str) -> bool {
+    match std::fs::read_to_string(format!("/sys/fs/cgroup/diarch.slice/{SLICE}/{name}/cgroup.events")) {
+        Ok(events) => events.lines().any(|line| line == "populated 0"),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
     }
 }
 

@@ -1,0 +1,24 @@
+//! What `diarch-supervisor --help` prints. Its manual page is made from this text, whose shape is therefore held by a test there: one line of
+//! what it is; each command's usage, indented by two, with its sentence under it, indented by six; then sections, each with its name and a colon.
+
+pub const HELP: &str = "\
+diarch-supervisor: the privileged half of Diarch
+
+  diarch-supervisor [run] [--grants FILE] [--run-dir DIR] [--audit FILE] [--socket PATH]
+      Serve, on the socket that systemd passes on or on PATH (default: DIR/supervisor.sock). Needs root.
+  diarch-supervisor operations [--format table|json|markdown]
+      Print everything that it can be asked to do.
+  diarch-supervisor check-grants FILE
+      Say whether a grants file would be accepted.
+  diarch-supervisor probe-kvm
+      Let a tiny guest run under KVM, and say in one line what became of it.
+  diarch-supervisor --version | --help
+
+Defaults: --grants /etc/diarch/grants.toml, --run-dir /run/diarch, --audit /var/log/diarch/audit.jsonl
+
+Exit codes:
+  0   done
+  1   failed, or the checked grants are refused
+  2   wrong usage
+  78  not started: the grants or the passed-on socket are refused
+";
