@@ -15,8 +15,9 @@ use diarch_ipc::frame::printable;
 use diarch_ipc::operation::AuditState;
 use rustix::fs::{Mode, OFlags};
 use sha2::{Digest, Sha256};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write as _};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -67,6 +68,10 @@ impl Audit {
         let meta = file.metadata()?;
         if !meta.is_file() {
             return Err(io::Error::other("the audit is not a regular file"));
+        }
+        // Read by the directory's group, whatever the umask says (its unit's is 0077). Of a file that is there already, the mode is root's choice.
+        if meta.len() == 0 {
+            file.set_permissions(Permissions::from_mode(0o640))?;
         }
         let end = ChainEnd::read(&mut file, meta.len())?;
         if end.torn > 0 {
