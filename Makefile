@@ -2,6 +2,8 @@
 
 GUEST  := $(CURDIR)/.cache/guest
 TARGET := $(or $(CARGO_TARGET_DIR),target)
+# Leads to the package of this version.
+DEB    := $(abspath $(TARGET))/diarch.deb
 
 # rustup's directory is not on every PATH, nor are the sbin ones (`ip`, `nft`) on an ordinary user's.
 ifeq ($(findstring $(HOME)/.cargo/bin,$(PATH)),)
@@ -11,19 +13,22 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -E)
 
-.PHONY: help all build demo test test-fast bench lint guest docs clean prerequisites
+.PHONY: help all build deb demo test test-fast bench lint guest docs clean prerequisites
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ' *:.*## ' '/^[a-z -]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 # One check per run, for all goals together. (An order-only prerequisite of the rest, so that it comes first under -j too.)
-NEEDS := $(sort build $(if $(filter demo bench,$(MAKECMDGOALS)),demo) $(if $(filter test guest,$(MAKECMDGOALS)),test))
+NEEDS := $(sort build $(filter demo deb,$(MAKECMDGOALS)) $(if $(filter test guest bench,$(MAKECMDGOALS)),test))
 prerequisites:
 	@scripts/prerequisites $(NEEDS)
 
 all build: | prerequisites ## the release binaries, in target/release
-	cargo build --release --locked --workspace
+	cargo build --release --locked --workspace --exclude diarch-package
+
+deb: | prerequisites ## the Debian package, in target/debian
+	scripts/deb
 
 demo: build guest ## a VM that survives the death of each half, before your eyes (KEEP=1: it stays afterwards)
 	$(SUDO) $(TARGET)/release/diarch-demo --guest $(GUEST) $(if $(filter 1,$(KEEP)),--keep)
@@ -31,16 +36,16 @@ demo: build guest ## a VM that survives the death of each half, before your eyes
 # Tests are built as the user who runs make, and only the test executables run as root: no root-owned files in target/,
 # and root needs no cargo. cargo takes the runner from the environment; it is empty, thus none, for root.
 # All binaries are built first, as tests start those of other crates.
-test: lint guest ## everything: style, unit tests, and real VMs (needs root)
+test: lint guest deb ## everything: style, unit tests, and real VMs (needs root)
 	cargo build --workspace --all-targets --locked
 	$(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)') DIARCH_GUEST=$(GUEST) \
-		cargo test --workspace --locked --no-fail-fast
+		DIARCH_DEB=$(DEB) cargo test --workspace --locked --no-fail-fast
 
 test-fast: | prerequisites ## the tests that need no root, no QEMU and no guest
 	DIARCH_TEST_FAST=1 cargo test --workspace --locked
 
-bench: build guest ## how long each step of a VM's life takes (needs root)
-	$(SUDO) $(TARGET)/release/diarch-bench --guest $(GUEST)
+bench: build guest deb ## how long each step of a VM's life takes (needs root)
+	DIARCH_DEB=$(DEB) $(SUDO) $(TARGET)/release/diarch-bench --guest $(GUEST)
 
 # Both are components that a Rust toolchain may come without. In CI (CI=true) a skip is a failure.
 lint: | prerequisites ## rustfmt and clippy

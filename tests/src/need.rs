@@ -15,6 +15,11 @@ pub enum Need {
     Guest,
     /// This kernel version or a newer one.
     Kernel(u32, u32),
+    /// What [`Machine`](crate::machine::Machine) boots, and boots it with: root, systemd-nspawn, cgroup v2, and the tree (`tests/debian/build`) named by
+    /// `DIARCH_TREE`.
+    Machine,
+    /// The package (`make deb`), named by `DIARCH_DEB`.
+    Package,
 }
 
 impl Need {
@@ -24,6 +29,17 @@ impl Need {
             Need::Root => (!rustix::process::geteuid().is_root()).then(|| "root (run it with sudo)".into()),
             Need::Qemu => qemu().is_none().then(|| "qemu-system-x86_64 (apt install qemu-system-x86)".into()),
             Need::Guest => guest().is_none().then(|| "the test guest (run tests/guest/build and set DIARCH_GUEST to its directory)".into()),
+            Need::Machine => {
+                let parts = [
+                    Need::Root.missing(),
+                    nspawn().is_none().then(|| "systemd-nspawn (apt install systemd-container)".into()),
+                    crate::machine::hierarchy().is_none().then(|| "a cgroup v2 hierarchy (/sys/fs/cgroup or /sys/fs/cgroup/unified)".into()),
+                    tree().is_none().then(|| "the test machine's Debian (run tests/debian/build as root and set DIARCH_TREE to its directory)".into()),
+                ];
+                let missing: Vec<String> = parts.into_iter().flatten().collect();
+                (!missing.is_empty()).then(|| missing.join(" and "))
+            }
+            Need::Package => package().is_none().then(|| "the package (run make deb and set DIARCH_DEB to its path)".into()),
             Need::Kernel(major, minor) => {
                 let release = rustix::system::uname().release().to_string_lossy().into_owned();
                 (version(&release) < (major, minor)).then(|| format!("Linux {major}.{minor} (this is {release})"))
@@ -48,6 +64,21 @@ pub fn guest() -> Option<PathBuf> {
     named.into_iter().find(|dir| dir.join("vmlinuz").exists() && dir.join("initrd.img").exists())
 }
 
+fn nspawn() -> Option<PathBuf> {
+    ["/usr/bin", "/bin"].iter().map(|d| PathBuf::from(d).join("systemd-nspawn")).find(|p| p.exists())
+}
+
+/// The directory with `tree` and `stamp`.
+pub fn tree() -> Option<PathBuf> {
+    let named = std::env::var_os("DIARCH_TREE").map(PathBuf::from);
+    named.into_iter().find(|dir| dir.join("tree/usr/lib/systemd/systemd").exists() && dir.join("stamp").exists())
+}
+
+/// The `.deb`.
+pub fn package() -> Option<PathBuf> {
+    std::env::var_os("DIARCH_DEB").map(PathBuf::from).filter(|deb| deb.is_file())
+}
+
 /// Whether the test goes on; see [`need!`](crate::need!).
 pub fn met(test: &str, needs: &[Need]) -> bool {
     if std::env::var("DIARCH_TEST_FAST").is_ok_and(|v| v == "1") {
@@ -69,7 +100,7 @@ pub fn met(test: &str, needs: &[Need]) -> bool {
 macro_rules! need {
     ($($need:expr),+ $(,)?) => {{
         #[allow(unused_imports)]
-        use $crate::need::Need::{Guest, Kernel, Qemu, Root};
+        use $crate::need::Need::{Guest, Kernel, Machine, Package, Qemu, Root};
         let name = std::thread::current().name().unwrap_or(module_path!()).to_owned();
         if !$crate::need::met(&name, &[$($need),+]) {
             return;

@@ -178,7 +178,12 @@ fn a_purge_takes_what_the_package_made_and_leaves_what_people_made() {
         assert!(machine.exists(kept), "{kept} is somebody's");
     }
     assert_eq!(machine.sh("systemctl list-unit-files --no-legend 'diarch*' || true"), "");
-    assert_eq!(machine.sh("find / -xdev -name '*diarch*' -not -path '/proc/*' -not -path '/usr/local/*' -not -path '/var/lib/dpkg/*' -not -path '/var/log/journal/*' | sort"), "/etc/diarch\n/var/lib/diarch");
+    assert_eq!(
+        machine.sh(
+            "find / -xdev -name '*diarch*' -not -path '/proc/*' -not -path '/usr/local/*' -not -path '/var/lib/dpkg/*' -not -path '/var/log/journal/*' | sort"
+        ),
+        "/etc/diarch\n/var/lib/diarch"
+    );
     machine.sh("getent passwd diarch; getent group diarch-operators");
     // And again, onto what is left.
     machine.install(&package()).expect_success("the installation");
@@ -196,10 +201,13 @@ fn a_purge_while_a_vm_runs_leaves_what_a_new_installation_needs_to_take_it_over(
     assert_eq!(machine.qemus(), vms);
     machine.sh("mkdir -p /etc/diarch");
     machine.write("/etc/diarch/grants.toml", &grants);
-    dpkg(&machine, &["--force-confold", "--force-confmiss", "-i", &{
-        machine.copy_in(&package(), "/root/diarch.deb", 0o644);
-        "/root/diarch.deb".to_owned()
-    }]);
+    dpkg(
+        &machine,
+        &["--force-confold", "--force-confmiss", "-i", &{
+            machine.copy_in(&package(), "/root/diarch.deb", 0o644);
+            "/root/diarch.deb".to_owned()
+        }],
+    );
     wait_stubs(&machine, &["a"]);
     assert_eq!(machine.qemus(), vms);
 }

@@ -15,8 +15,9 @@ use std::time::Duration;
 
 /// Where `config.json` is unless told otherwise.
 pub const CONFIG: &str = "/etc/diarch/config.json";
-/// Where the `diarch` command finds the worker unless told otherwise.
-pub const CONTROL_SOCKET: &str = "/run/diarch/worker.sock";
+/// Where the worker listens unless told otherwise: in the directory in `/run/diarch` that is its own (the other is root's alone). The `diarch` command comes in
+/// by the link `/run/diarch/worker.sock`, as every installation has it.
+pub const CONTROL_SOCKET: &str = "/run/diarch/worker/worker.sock";
 
 /// What the worker works with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +28,8 @@ pub struct Config {
     /// Who must be serving there (0: root; another one for rehearsals and tests).
     pub supervisor_uid: u32,
     pub control_socket: PathBuf,
-    /// The group whose members may use the control socket: a name or a number.
+    /// The group whose members may use the control socket: a name or a number. None: the group that the kernel gives a file there, which is that of a
+    /// set-group-id directory, and otherwise the worker's own.
     pub operators_group: Option<String>,
     /// Holds and records; nothing in it that can't be lost.
     pub state_directory: PathBuf,

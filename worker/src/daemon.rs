@@ -2,8 +2,11 @@
 //!
 //! ```text
 //!   no root, no capability -> umask, no_new_privs, descriptors -> settings -> control socket, VM files
-//!       -> the supervisor's inventory -> READY=1 -> events, until SIGTERM (exit 0) or the supervisor is lost for good (exit 1)
+//!       -> the supervisor's inventory -> READY=1 -> events, until SIGTERM (exit 0), or
+//!          the supervisor is lost for good, or a task that the loop depends on ends (exit 1)
 //! ```
+//!
+//! The loop itself waits for nothing that can hang, and answers the [`watchdog`].
 //!
 //! However it ends, the VMs run on: the next worker adopts them.
 
@@ -13,19 +16,32 @@ use crate::journal::Journal;
 use crate::logs::Logs;
 use crate::state::Store;
 use crate::supervisor::Link;
+use crate::vm::Note;
 use crate::watch;
-use crate::worker::Worker;
+use crate::worker::{Reread, Worker};
 use diarch_ipc::client::State;
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit};
 use sd_notify::NotifyState;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+mod status;
+mod watchdog;
+
+pub use status::Census;
 
 /// Between two tries to get the first inventory while the supervisor is connected and does not give it.
 const STOCK_AGAIN: Duration = Duration::from_secs(1);
+/// At the end, for what is being written to the disk.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// A VM whose task failed is taken on again after this: a task that fails each time must not be a busy loop.
+const TAKE_ON_AGAIN: Duration = Duration::from_secs(10);
 /// Files are opened and read on these; a hung file system costs one each, and no more than all of them.
 const BLOCKING_THREADS: usize = 8;
 
@@ -80,34 +96,96 @@ async fn serve(config: Config) -> Result<(), String> {
 
     let journal = Arc::new(Journal::default());
     let (link, mut lost) = Link::start(&config, Arc::clone(&journal));
-    let changed = watch::start(config.configs_dir.clone());
+    let (changed, watching) = watch::start(config.configs_dir.clone());
     let (worker, mut notes) = Worker::new(config, link, Arc::clone(&journal), store, logs);
-    journal.note(None, "worker.started", format!("diarch-worker {} as process {}", diarch_ipc::VERSION, std::process::id()));
-    worker.reload().await;
-    tokio::spawn(server::serve(listener, Arc::clone(&worker)));
-    tokio::spawn(keep_stock(Arc::clone(&worker)));
+    let mut tasks = Tasks::default();
+    let (pings_in, mut pings) = mpsc::channel::<watchdog::Ping>(1);
     if let Some(period) = sd_notify::watchdog_enabled() {
-        tokio::spawn(watchdog(period / 2));
+        tasks.spawn("the watchdog's", watchdog::feed(period, pings_in, watchdog::beat));
     }
-    loop {
-        tokio::select! {
+    journal.note(None, "worker.started", format!("diarch-worker {} as process {}", diarch_ipc::VERSION, std::process::id()));
+    // The watcher tells of the first reading itself; a directory that hangs is read when it can be.
+    let _ = worker.reload().await;
+    tasks.spawn("the control socket's", server::serve(listener, Arc::clone(&worker)));
+    tasks.spawn("the inventory's", keep_stock(Arc::clone(&worker)));
+    tasks.spawn("the VM files' watcher's", watching);
+    tasks.spawn("the status line's", status::keep(Arc::clone(&worker)));
+    let ended = loop {
+        let reread = tokio::select! {
             biased;
-            reason = &mut lost => {
-                let reason = reason.unwrap_or_else(|error| error.to_string());
-                journal.warn("supervisor.gave-up", reason.clone());
-                let _ = sd_notify::notify(&[NotifyState::Stopping]);
-                return Err(format!("{reason}; the VMs run on"));
+            reason = &mut lost => break Err(("supervisor.gave-up", supervisor_lost(&reason.unwrap_or_else(|error| error.to_string())))),
+            ended = tasks.ended() => break Err(("worker.broken", ended)),
+            _ = terminate.recv() => break Ok(()),
+            _ = interrupt.recv() => break Ok(()),
+            Some(ping) = pings.recv() => {
+                let _ = ping.send(());
+                continue;
             }
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            Some(note) = notes.recv() => worker.take_note(note).await,
+            Some(note) = notes.recv() => {
+                take_note(&worker, note);
+                continue;
+            }
             () = changed.notified() => worker.reload().await,
             Some(()) = hangup.recv() => worker.reload().await,
+        };
+        if reread == Reread::Again {
+            changed.notify_one();
+        }
+    };
+    match &ended {
+        Ok(()) => journal.note(None, "worker.stopping", format!("it was asked to end; {} VMs run on", worker.driven())),
+        Err((kind, reason)) => {
+            journal.warn(kind, reason.clone());
+            status::tell(reason);
         }
     }
-    journal.note(None, "worker.stopping", format!("it was asked to end; {} VMs run on", worker.driven()));
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
-    Ok(())
+    let _ = tokio::time::timeout(LAST_WORDS, worker.save_holds()).await;
+    ended.map_err(|(_, reason)| format!("{reason}; the VMs run on"))
+}
+
+/// What an operator does about it; a refusal of the supervisor's says that itself, and more exactly.
+fn supervisor_lost(reason: &str) -> String {
+    format!("{reason}; 'systemctl status diarch-supervisor' and 'journalctl -u diarch-supervisor -e' say more, and systemd starts this worker again")
+}
+
+fn take_note(worker: &Arc<Worker>, note: Note) {
+    if let Note::Broken(_) = &note {
+        // What became of the VM is in the inventory, and it is adopted from there.
+        let worker = Arc::clone(worker);
+        tokio::spawn(async move {
+            tokio::time::sleep(TAKE_ON_AGAIN).await;
+            if let Err(error) = worker.take_stock().await {
+                tracing::warn!(%error, "the supervisor's inventory can't be had");
+            }
+        });
+    }
+    worker.take_note(note);
+}
+
+/// The tasks without which the loop would only seem to work.
+#[derive(Default)]
+struct Tasks {
+    set: JoinSet<()>,
+    names: HashMap<tokio::task::Id, &'static str>,
+}
+
+impl Tasks {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let id = self.set.spawn(task).id();
+        self.names.insert(id, name);
+    }
+
+    /// Waits until one of them has ended, which none should, and says which and how.
+    async fn ended(&mut self) -> String {
+        let (id, how) = match self.set.join_next_with_id().await {
+            // None was started.
+            None => return std::future::pending().await,
+            Some(Ok((id, ()))) => (id, "it ended".to_owned()),
+            Some(Err(error)) => (error.id(), error.to_string()),
+        };
+        format!("{} task is gone ({how}), and without it the worker is of no use", self.names.get(&id).copied().unwrap_or("a"))
+    }
 }
 
 /// Takes stock whenever the supervisor is reached (anew): what it owns and nobody drives is adopted or given back.
@@ -116,7 +194,7 @@ async fn keep_stock(worker: Arc<Worker>) {
     let mut ready = false;
     loop {
         if state.wait_for(|state| matches!(state, State::Ready { .. })).await.is_err() {
-            return;
+            return link_ended().await;
         }
         match worker.take_stock().await {
             Ok(()) if !ready => {
@@ -133,16 +211,30 @@ async fn keep_stock(worker: Arc<Worker>) {
         // Until this connection has gone; the next one is taken stock of again.
         state.mark_unchanged();
         if state.changed().await.is_err() {
-            return;
+            return link_ended().await;
         }
     }
 }
 
-/// The loop above is what systemd's watchdog is to watch, and this runs on the same thread.
-async fn watchdog(period: Duration) {
-    let mut beat = tokio::time::interval(period.max(Duration::from_millis(100)));
-    loop {
-        beat.tick().await;
-        let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+/// The main loop hears of it too, and says why.
+async fn link_ended() {
+    std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_ends_or_panics_is_named() {
+        let mut tasks = Tasks::default();
+        tasks.spawn("the endless", std::future::pending());
+        tasks.spawn("the short", async {});
+        let said = tasks.ended().await;
+        assert!(said.starts_with("the short task is gone (it ended)"), "{said}");
+        tasks.spawn("the broken", async { panic!("a bug") });
+        let said = tasks.ended().await;
+        assert!(said.starts_with("the broken task is gone") && said.contains("a bug"), "{said}");
+        assert!(tokio::time::timeout(Duration::from_millis(50), tasks.ended()).await.is_err(), "the endless one lives");
     }
 }

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod arguments;
 pub mod cli;
 pub mod config;
 pub mod control;
@@ -15,6 +16,7 @@ pub mod qmp;
 pub mod ready;
 pub mod state;
 pub mod supervisor;
+pub mod systemd;
 pub mod vm;
 pub mod vmfile;
 pub mod watch;

@@ -15,6 +15,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// The VMs that stay stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -31,7 +32,7 @@ pub struct Hold {
     pub reason: String,
     /// Of the VM file at that time: a changed file ends the hold.
     pub revision: String,
-    /// `/proc/sys/kernel/random/boot_id` at that time.
+    /// The host's boot at that time, without dashes.
     pub boot_id: String,
 }
 
@@ -173,8 +174,30 @@ fn write(path: &Path, value: &impl Serialize, durability: Durability) -> io::Res
     Ok(())
 }
 
+/// Names this boot of the host, in a unit that hides `/proc/sys` (`ProcSubset=pid`) too: there systemd writes it in place of `%b`.
+const BOOT_ID_VARIABLE: &str = "DIARCH_BOOT_ID";
+
+/// Empty where nobody says: then no boot differs from another.
 fn boot_id() -> String {
-    diarch_ipc::frame::Hello::ours().boot_id
+    static KNOWN: OnceLock<String> = OnceLock::new();
+    KNOWN
+        .get_or_init(|| {
+            let id = plain(&diarch_ipc::frame::Hello::ours().boot_id);
+            let id = if id.is_empty() { plain(&std::env::var(BOOT_ID_VARIABLE).unwrap_or_default()) } else { id };
+            if id.is_empty() {
+                tracing::warn!(
+                    "this boot can't be told from others: VMs that powered themselves off stay off over a reboot of the host; the unit should have \
+                                Environment={BOOT_ID_VARIABLE}=%b or ProcSubset=all"
+                );
+            }
+            id
+        })
+        .clone()
+}
+
+/// The kernel writes it with dashes, and systemd without.
+fn plain(id: &str) -> String {
+    id.chars().filter(char::is_ascii_hexdigit).collect()
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 
 use crate::config::{Config, RestartSupervisor};
 use crate::journal::Journal;
+use crate::systemd::Systemd;
 use diarch_ipc::Error;
 use diarch_ipc::client::{Client, Restarter, Settings, State};
 use diarch_ipc::name::{Label, Slot};
@@ -237,12 +238,19 @@ pub fn describe(verdict: &KvmVerdict) -> String {
 // ---- how a supervisor is restarted ----
 
 fn restarter(how: &RestartSupervisor) -> Box<dyn Restarter> {
-    let command: Vec<String> = match how {
-        // polkit lets the worker's user restart exactly this unit, and do nothing else.
-        RestartSupervisor::Systemd => ["/usr/bin/systemctl", "--no-ask-password", "restart", "diarch-supervisor.service"].map(str::to_owned).into(),
-        RestartSupervisor::Command(command) => command.clone(),
-    };
-    Box::new(CommandRestarter { command })
+    match how {
+        RestartSupervisor::Systemd => Box::new(SystemdRestarter(Systemd::default())),
+        RestartSupervisor::Command(command) => Box::new(CommandRestarter { command: command.clone() }),
+    }
+}
+
+/// polkit lets the worker's user restart exactly this unit, and do nothing else.
+struct SystemdRestarter(Systemd);
+
+impl Restarter for SystemdRestarter {
+    fn restart(&mut self) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + '_>> {
+        Box::pin(self.0.restart_supervisor())
+    }
 }
 
 /// Runs a program with an empty environment. The client bounds the time; the program is killed when that is over.

@@ -44,7 +44,7 @@ use pace::{Next, Pace};
 use qemu::Qemu;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 /// Starts on their way at one time: the supervisor works on a bounded number of helper threads, and the rest would only wait there
@@ -60,13 +60,15 @@ pub struct Context {
     pub store: Store,
     pub logs: Logs,
     pub notes: mpsc::UnboundedSender<Note>,
+    /// Told after each change of a status.
+    pub changed: Notify,
     starts: Semaphore,
     tcg: launch::TcgWarning,
 }
 
 impl Context {
     pub fn new(link: Arc<Link>, journal: Arc<Journal>, store: Store, logs: Logs, notes: mpsc::UnboundedSender<Note>) -> Self {
-        Self { link, journal, store, logs, notes, starts: Semaphore::new(STARTS_AT_ONCE), tcg: launch::TcgWarning::default() }
+        Self { link, journal, store, logs, notes, changed: Notify::new(), starts: Semaphore::new(STARTS_AT_ONCE), tcg: launch::TcgWarning::default() }
     }
 }
 
@@ -77,6 +79,22 @@ pub enum Note {
     AtRest(Label),
     /// It ended by its own will, or may not be restarted, and is not to be started again by itself.
     Hold(Label, String),
+    /// Its task panicked, and nobody drives it.
+    Broken(Label),
+}
+
+/// Tells of a task that panics.
+struct Alarm {
+    name: Label,
+    notes: mpsc::UnboundedSender<Note>,
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.notes.send(Note::Broken(self.name.clone()));
+        }
+    }
 }
 
 /// What the worker wants of a VM.
@@ -276,6 +294,7 @@ enum Stage {
 
 impl Vm {
     async fn run(mut self, found: Option<Found>) {
+        let _alarm = Alarm { name: self.name.clone(), notes: self.context.notes.clone() };
         let mut stage = self.first_stage(found);
         loop {
             stage = match stage {
@@ -450,9 +469,32 @@ impl Vm {
 
     fn set(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(change);
+        self.context.changed.notify_one();
     }
 
     fn note(&self, kind: &'static str, message: impl Into<String>) {
         self.context.journal.note(Some(&self.name), kind, message);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panics_is_told_of_and_one_that_ends_is_not() {
+        let (notes, mut told) = mpsc::unbounded_channel();
+        let alarm = |name: &str| Alarm { name: Label::new(name).unwrap(), notes: notes.clone() };
+        let ends = alarm("ends");
+        tokio::spawn(async move { drop(ends) }).await.unwrap();
+        let breaks = alarm("breaks");
+        let broken = tokio::spawn(async move {
+            let _alarm = breaks;
+            tokio::task::yield_now().await;
+            panic!("a bug");
+        });
+        broken.await.unwrap_err();
+        assert_eq!(told.recv().await, Some(Note::Broken(Label::new("breaks").unwrap())));
+        told.try_recv().unwrap_err();
     }
 }

@@ -23,11 +23,11 @@ const QUIET: Duration = Duration::from_millis(100);
 /// Without inotify (its per-user limits are reached, say) the files are read this often.
 const FALLBACK: Duration = Duration::from_secs(10);
 
-/// Watches `directory` for ever, and tells of changes, the first time as soon as it watches.
-pub fn start(directory: PathBuf) -> Arc<Notify> {
+/// Watches `directory` for ever, as long as the second value is polled, and tells of changes, the first time as soon as it watches.
+pub fn start(directory: PathBuf) -> (Arc<Notify>, impl Future<Output = ()> + Send + 'static) {
     let changed = Arc::new(Notify::new());
     let tell = Arc::clone(&changed);
-    tokio::spawn(async move {
+    let watching = async move {
         loop {
             if let Err(error) = watch(&directory, &tell).await {
                 tracing::warn!(directory = %directory.display(), %error, "the VM files can't be watched; they are read every {} s", FALLBACK.as_secs());
@@ -35,8 +35,8 @@ pub fn start(directory: PathBuf) -> Arc<Notify> {
                 tell.notify_one();
             }
         }
-    });
-    changed
+    };
+    (changed, watching)
 }
 
 /// One round: until what is watched has gone, or something nearer has come.
@@ -96,6 +96,12 @@ mod tests {
     use super::*;
     use std::fs;
     use tokio::time::timeout;
+
+    fn start(directory: PathBuf) -> Arc<Notify> {
+        let (changed, watching) = super::start(directory);
+        tokio::spawn(watching);
+        changed
+    }
 
     async fn told(changed: &Notify) -> bool {
         timeout(Duration::from_secs(2), changed.notified()).await.is_ok()

@@ -7,10 +7,12 @@
 //!   VM tasks --------------- notes +                    +---------------- status ----------------+
 //! ```
 //!
-//! `reconcile` is synchronous and quick; everything slow (files, fsync, the supervisor) is awaited outside of its lock.
+//! `reconcile` is synchronous and quick; everything slow (files, fsync, the supervisor) is awaited outside of its lock. And what the main loop calls waits
+//! for no disk: a file system that hangs must not look like a worker that does.
 
 use crate::config::Config;
 use crate::control::protocol::{Failure, FailureKind, FileProblem, Phase};
+use crate::daemon::Census;
 use crate::journal::{Journal, now_ms};
 use crate::logs::Logs;
 use crate::plan::{Action, Driven, NOT_STARTABLE, Observed, Step, plan};
@@ -21,8 +23,15 @@ use crate::vmfile::{self, Desired, Files};
 use diarch_ipc::name::Label;
 use diarch_ipc::operation::VmRecord;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+/// The VM files are waited for so long; then the loop goes on, and comes back to the same reading.
+pub const READ_WITHIN: Duration = Duration::from_secs(2);
 
 pub struct Worker {
     pub config: Config,
@@ -35,6 +44,18 @@ pub struct Worker {
     state: Mutex<State>,
     /// One writer of the holds at a time, so that the newest are the last.
     saving: tokio::sync::Mutex<()>,
+    /// The holds differ from their file.
+    unsaved: AtomicBool,
+    /// A reading of the VM files that has not ended. Never a second one beside it: each would cost a thread.
+    reading: tokio::sync::Mutex<Option<JoinHandle<Files>>>,
+}
+
+/// Whether the VM files have to be read once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Reread {
+    No,
+    Again,
 }
 
 #[derive(Default)]
@@ -135,9 +156,21 @@ impl Worker {
     pub fn new(config: Config, link: Arc<Link>, journal: Arc<Journal>, store: Store, logs: Logs) -> (Arc<Self>, mpsc::UnboundedReceiver<Note>) {
         let (notes_in, notes) = mpsc::unbounded_channel();
         let context = Context::new(Arc::clone(&link), Arc::clone(&journal), store.clone(), logs.clone(), notes_in);
-        let state = Mutex::new(State { holds: store.holds(), ..State::default() });
-        let started_ms = now_ms();
-        let worker = Self { config, link, journal, logs, started_ms, store, context: Arc::new(context), state, saving: tokio::sync::Mutex::new(()) };
+        // Until they are read, nothing is known of the VM files: which is not the same as that there are none.
+        let files = Files { unreadable: true, ..Files::default() };
+        let worker = Self {
+            config,
+            link,
+            journal,
+            logs,
+            started_ms: now_ms(),
+            context: Arc::new(context),
+            state: Mutex::new(State { files, holds: store.holds(), ..State::default() }),
+            store,
+            saving: tokio::sync::Mutex::default(),
+            unsaved: AtomicBool::new(false),
+            reading: tokio::sync::Mutex::default(),
+        };
         (Arc::new(worker), notes)
     }
 
@@ -148,9 +181,38 @@ impl Worker {
     // ---- what changes the world ----
 
     /// Reads the VM files, and does what follows from them.
-    pub async fn reload(&self) {
-        let directory = self.config.configs_dir.clone();
-        let Ok(files) = tokio::task::spawn_blocking(move || vmfile::read(&directory)).await else { return };
+    pub async fn reload(self: &Arc<Self>) -> Reread {
+        let mut reading = self.reading.lock().await;
+        // What was begun before the last change may have missed it.
+        let (mut begun, old) = match reading.take() {
+            Some(begun) => (begun, Reread::Again),
+            None => {
+                let directory = self.config.configs_dir.clone();
+                (tokio::task::spawn_blocking(move || vmfile::read(&directory)), Reread::No)
+            }
+        };
+        match timeout(READ_WITHIN, &mut begun).await {
+            Ok(Ok(files)) => {
+                self.take_files(files);
+                old
+            }
+            Ok(Err(error)) => {
+                self.journal.warn("files.not-read", format!("the VM files could not be read: {error}"));
+                old
+            }
+            Err(_) => {
+                if old == Reread::No {
+                    let (directory, seconds) = (self.config.configs_dir.display(), READ_WITHIN.as_secs());
+                    let message = format!("{directory} was not read within {seconds} s: does its file system hang? What is known of the VMs goes on");
+                    self.journal.warn("files.late", message);
+                }
+                *reading = Some(begun);
+                Reread::Again
+            }
+        }
+    }
+
+    fn take_files(self: &Arc<Self>, files: Files) {
         let pruned = {
             let mut state = self.state();
             if state.files == files {
@@ -170,20 +232,20 @@ impl Worker {
             state.holds.prune(|name| revisions.get(name).cloned())
         };
         if pruned {
-            self.save_holds().await;
+            self.save_holds_soon();
         }
-        self.reconcile(Vec::new()).await;
+        self.reconcile(Vec::new());
     }
 
     /// What the supervisor owns and no task drives is taken into account. `Err`: the supervisor can't say.
-    pub async fn take_stock(&self) -> Result<(), diarch_ipc::Error> {
+    pub async fn take_stock(self: &Arc<Self>) -> Result<(), diarch_ipc::Error> {
         let records = self.link.inventory().await?;
         let found = {
             let mut state = self.state();
             state.know_what_is = true;
             records.into_iter().filter(|record| !state.vms.contains_key(&record.label)).map(|record| self.found(record)).collect()
         };
-        self.reconcile(found).await;
+        self.reconcile(found);
         Ok(())
     }
 
@@ -196,7 +258,7 @@ impl Worker {
     }
 
     /// Plans, and hands each step to its task.
-    async fn reconcile(&self, found: Vec<Found>) {
+    fn reconcile(self: &Arc<Self>, found: Vec<Found>) {
         let held = {
             let mut state = self.state();
             if !state.know_what_is {
@@ -213,7 +275,7 @@ impl Worker {
             held | state.forget_gone(&self.journal)
         };
         if held {
-            self.save_holds().await;
+            self.save_holds_soon();
         }
     }
 
@@ -256,7 +318,7 @@ impl Worker {
     }
 
     /// What a VM task says.
-    pub async fn take_note(&self, note: Note) {
+    pub fn take_note(self: &Arc<Self>, note: Note) {
         match note {
             Note::Hold(name, reason) => {
                 {
@@ -274,7 +336,7 @@ impl Worker {
                         handle.intend(|intent| (intent.want, intent.why) = (Want::Stop, reason));
                     }
                 }
-                self.save_holds().await;
+                self.save_holds_soon();
             }
             Note::AtRest(name) => {
                 {
@@ -289,18 +351,40 @@ impl Worker {
                         }
                     }
                 }
-                self.reconcile(Vec::new()).await;
+                self.reconcile(Vec::new());
+            }
+            Note::Broken(name) => {
+                self.journal.note(
+                    Some(&name),
+                    "vm.task-broken",
+                    "the worker's own task for it failed, which is a bug; the VM is as it was, and is taken on anew",
+                );
+                self.state().vms.remove(&name);
             }
         }
     }
 
-    async fn save_holds(&self) {
+    /// Without waiting for the disk.
+    fn save_holds_soon(self: &Arc<Self>) {
+        self.unsaved.store(true, Ordering::Release);
+        let worker = Arc::clone(self);
+        tokio::spawn(async move { worker.save_holds().await });
+    }
+
+    /// Returns when the holds as they are now are on the disk, or can't be.
+    pub async fn save_holds(&self) {
         let _one = self.saving.lock().await;
+        // Before they are looked at: a change in between is somebody's who saves after us.
+        if !self.unsaved.swap(false, Ordering::AcqRel) {
+            return;
+        }
         let holds = self.state().holds.clone();
         let store = self.store.clone();
         match tokio::task::spawn_blocking(move || store.save_holds(&holds)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
+                // The next change tries again, and so does the end.
+                self.unsaved.store(true, Ordering::Release);
                 self.journal.warn("state.not-saved", format!("which VMs are held can't be saved, and is forgotten when the worker restarts: {error}"));
             }
             Err(error) => tracing::warn!(%error, "saving the holds failed"),
@@ -329,6 +413,7 @@ impl Worker {
                 Order::Stop | Order::Kill => self.set_down(&mut state, order, &name, desired, who)?,
             }
         };
+        self.unsaved.store(true, Ordering::Release);
         self.save_holds().await;
         Ok(accepted)
     }
@@ -430,6 +515,16 @@ impl Worker {
         (steps, files.problems)
     }
 
+    /// How many VMs are in which state.
+    pub fn census(&self) -> Census {
+        Census::of(self.state().vms.values().map(|handle| handle.status().borrow().phase))
+    }
+
+    /// Until a VM's status has changed since the last call. For one caller.
+    pub async fn vm_changed(&self) {
+        self.context.changed.notified().await;
+    }
+
     pub fn problems(&self) -> Vec<FileProblem> {
         self.state().files.problems.clone()
     }
@@ -467,20 +562,51 @@ mod tests {
         let (link, _) = Link::start(&config, Arc::clone(&journal));
         let store = Store::open(&dir.path().join("state")).unwrap();
         let (worker, _notes) = Worker::new(config, link, journal, store.clone(), Logs::open(&dir.path().join("logs")).unwrap());
-        worker.reload().await;
+        let _ = worker.reload().await;
         worker.state().know_what_is = true;
         let mut stopped = worker.order(Order::Stop, "web", "uid 7").await.unwrap().status;
         stopped.wait_for(|status| status.at_rest).await.unwrap();
 
         std::fs::write(&file, "{\n").unwrap();
-        worker.reload().await;
+        let _ = worker.reload().await;
         let shown = crate::control::view::vm(worker.show("web").unwrap());
         assert_eq!((shown.file.as_deref(), shown.enabled, shown.health.as_deref()), (Some("web.json"), true, Some("qmp")));
         assert!(shown.reason.as_deref().unwrap().contains("web.json can't be used (line 2: not JSON"), "{shown:?}");
 
         std::fs::remove_file(&file).unwrap();
-        worker.reload().await;
+        let _ = worker.reload().await;
         assert!(worker.shown().is_empty());
+        worker.save_holds().await;
         assert_eq!(store.holds(), Holds::default());
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_hangs_stops_no_vm_and_is_read_when_it_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            configs_dir: dir.path().join("vms"),
+            supervisor_socket: dir.path().join("none.sock"),
+            patience: Duration::from_secs(60),
+            ..Config::default()
+        };
+        std::fs::create_dir(dir.path().join("vms")).unwrap();
+        std::fs::write(dir.path().join("vms/web.json"), FILE).unwrap();
+        let journal = Arc::new(Journal::default());
+        let (link, _) = Link::start(&config, Arc::clone(&journal));
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        let (worker, _notes) = Worker::new(config, link, Arc::clone(&journal), store, Logs::open(&dir.path().join("logs")).unwrap());
+        // Nothing is known of the files, which is not that there are none.
+        assert!(worker.state().files.unreadable);
+        let (answer, hangs) = tokio::sync::oneshot::channel();
+        *worker.reading.lock().await = Some(tokio::spawn(async move { hangs.await.unwrap_or_default() }));
+        let begun = std::time::Instant::now();
+        assert_eq!(worker.reload().await, Reread::Again);
+        assert!(begun.elapsed() < READ_WITHIN * 2);
+        assert!(worker.state().files.unreadable);
+        // The late answer is used, and the files are read anew: it may have missed the last change.
+        answer.send(Files::default()).unwrap();
+        assert_eq!(worker.reload().await, Reread::Again);
+        assert_eq!(worker.reload().await, Reread::No);
+        assert_eq!(worker.state().files.vms.len(), 1);
     }
 }

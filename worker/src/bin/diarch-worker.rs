@@ -3,18 +3,9 @@
 #![forbid(unsafe_code)]
 
 use clap::Parser;
-use std::path::PathBuf;
+use diarch_worker::arguments::Arguments;
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
-
-/// Decides which VMs run on this host, and keeps them running. Needs no privilege: what does, it asks of diarch-supervisor.
-#[derive(Parser)]
-#[command(name = "diarch-worker", version)]
-struct Arguments {
-    /// The settings; a missing file means the defaults.
-    #[arg(long, value_name = "FILE", default_value = diarch_worker::config::CONFIG)]
-    config: PathBuf,
-}
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();

@@ -31,12 +31,16 @@ pub enum Patience {
 pub struct Connection {
     reader: BufReader<UnixStream>,
     socket: PathBuf,
+    /// A reply came.
+    heard: bool,
+    /// The other end went away in the middle.
+    lost: bool,
 }
 
 impl Connection {
     pub fn open(socket: &Path) -> Result<Self, Stop> {
         let stream = dial(socket).map_err(|error| unreachable(socket, &error))?;
-        Ok(Self { reader: BufReader::new(stream), socket: socket.to_owned() })
+        Ok(Self { reader: BufReader::new(stream), socket: socket.to_owned(), heard: false, lost: false })
     }
 
     /// Sends the request of this connection.
@@ -49,6 +53,7 @@ impl Connection {
     /// The next reply; none when the worker said `Done`. The worker's `Error` is ours.
     pub fn next(&mut self, patience: Patience, screen: &Screen<'_>) -> Result<Option<Reply>, Stop> {
         let line = self.line(patience, screen)?;
+        self.heard = true;
         match serde_json::from_slice(&line) {
             Ok(Reply::Done {}) => Ok(None),
             Ok(Reply::Error(failure)) => Err(failure.into()),
@@ -91,7 +96,18 @@ impl Connection {
         (self.reader.buffer().to_vec(), self.reader.into_inner())
     }
 
-    fn broke(&self, why: &str) -> Stop {
+    /// Whether any reply came by it.
+    pub fn heard(&self) -> bool {
+        self.heard
+    }
+
+    /// Whether it ended before the worker had said that it was done.
+    pub fn lost(&self) -> bool {
+        self.lost
+    }
+
+    fn broke(&mut self, why: &str) -> Stop {
+        self.lost = true;
         let message = format!("the connection to the worker at {} broke ({why}): has it just been restarted? Try again.", self.socket.display());
         Stop::new(Exit::Unreachable, message)
     }
@@ -151,10 +167,15 @@ fn unreachable(socket: &Path, error: &io::Error) -> Stop {
     }
 }
 
-/// The group of `path`, or of the nearest directory above it that we may look at.
+/// The group of `path`, or of the nearest directory above it that we may look at: who is in it gets in. None where that is root's, which nobody is to join.
 pub fn group_of_first_seen(path: &Path) -> Option<String> {
+    // What keeps us out lies where the link leads to.
+    let path = match std::fs::read_link(path) {
+        Ok(target) => path.parent().unwrap_or(Path::new("/")).join(target),
+        Err(_) => path.to_owned(),
+    };
     let gid = path.ancestors().find_map(|part| part.metadata().ok())?.gid();
-    Some(group_name(gid))
+    (gid != 0).then(|| group_name(gid))
 }
 
 /// A group's name, or its number.
@@ -208,9 +229,43 @@ pub mod tests {
         pub fn answering(replies: &[Reply]) -> Self {
             Self::start(replies.iter().map(|r| serde_json::to_string(r).expect("JSON") + "\n").collect(), |_| ())
         }
+        /// Dies after each connection; the last one should be done.
+        pub fn again_and_again(connections: Vec<Vec<Reply>>) -> FakeWorkers {
+            let directory = tempfile::tempdir().expect("a directory");
+            let socket = directory.path().join("worker.sock");
+            let listener = UnixListener::bind(&socket).expect("a socket");
+            let thread = std::thread::spawn(move || {
+                let mut requests = Vec::new();
+                for replies in connections {
+                    let (mut stream, _) = listener.accept().expect("a connection");
+                    let mut request = String::new();
+                    BufReader::new(&stream).read_line(&mut request).expect("a request");
+                    requests.push(serde_json::from_str(&request).expect("a request of the protocol"));
+                    for reply in replies {
+                        let _ = stream.write_all((serde_json::to_string(&reply).expect("JSON") + "\n").as_bytes());
+                    }
+                }
+                requests
+            });
+            FakeWorkers { socket, thread, _directory: directory }
+        }
         /// What it was asked.
         pub fn request(mut self) -> Request {
             self.thread.take().expect("started").join().expect("the fake worker ended well")
+        }
+    }
+
+    /// Workers that come and go at one socket.
+    pub struct FakeWorkers {
+        pub socket: PathBuf,
+        thread: JoinHandle<Vec<Request>>,
+        _directory: tempfile::TempDir,
+    }
+
+    impl FakeWorkers {
+        /// What they were asked, once all have gone.
+        pub fn requests(self) -> Vec<Request> {
+            self.thread.join().expect("the fake workers ended well")
         }
     }
 
@@ -237,9 +292,22 @@ pub mod tests {
     #[test]
     fn a_socket_that_may_not_be_opened_names_its_group() {
         let directory = tempfile::tempdir().expect("a directory");
-        let socket = directory.path().join("worker.sock");
-        let Stop::Failure { exit, message } = unreachable(&socket, &io::ErrorKind::PermissionDenied.into()) else { panic!("a failure") };
-        let group = group_name(rustix::process::getegid().as_raw());
+        // As an installation has it: a link into the directory that keeps others out, beside root's.
+        let (link, inner) = (directory.path().join("worker.sock"), directory.path().join("worker"));
+        std::fs::create_dir(&inner).expect("made");
+        std::os::unix::fs::symlink("worker/worker.sock", &link).expect("linked");
+        let told = || match unreachable(&link, &io::ErrorKind::PermissionDenied.into()) {
+            Stop::Failure { exit, message } => (exit, message),
+            other => panic!("no failure: {other:?}"),
+        };
+        if rustix::process::geteuid().is_root() {
+            let (exit, message) = told();
+            assert_eq!(exit, Exit::Denied);
+            assert!(!message.contains("group root") && message.contains("ask an administrator"), "{message}");
+            std::os::unix::fs::chown(&inner, None, Some(54_321)).expect("given away");
+        }
+        let group = group_name(inner.metadata().expect("there").gid());
+        let (exit, message) = told();
         assert_eq!(exit, Exit::Denied);
         assert!(message.contains(&format!("join the group {group}")), "{message}");
     }

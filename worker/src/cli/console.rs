@@ -8,9 +8,10 @@
 //! Blocking reads and writes have threads of their own, so that a signal is heard even while the terminal hangs. The terminal is
 //! put back by `RawTerminal`'s drop: at the end, on a signal, and when a panic unwinds.
 
-use super::connection::{Connection, Patience, unexpected};
+use super::connection::{Connection, Patience, ask, unexpected};
 use super::escape;
-use super::screen::{Screen, Stop};
+use super::screen::{Exit, Screen, Stop};
+use super::vm::started;
 use crate::control::protocol::{Reply, Request};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use std::cell::Cell;
@@ -31,6 +32,8 @@ const LEAVE: u8 = 0x1d;
 const QUIET: Duration = Duration::from_secs(2);
 /// How long the last output may take to be printed after the console was left.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// A worker takes a moment to notice that a QEMU has ended.
+const SETTLE: Duration = Duration::from_millis(300);
 /// Attributes off and cursor on: a guest may have left them otherwise.
 const PUT_BACK: &[u8] = b"\x1b[0m\x1b[?25h";
 
@@ -50,6 +53,7 @@ enum Left {
 
 /// The console on this process's input and output.
 pub fn console(socket: &Path, name: &str, screen: &mut Screen<'_>) -> Result<(), Stop> {
+    let before = started(socket, name, screen)?;
     let connection = open(socket, name, screen)?;
     let shown = escape::cell(name).into_owned();
     let stdin = io::stdin();
@@ -70,14 +74,29 @@ pub fn console(socket: &Path, name: &str, screen: &mut Screen<'_>) -> Result<(),
     if on_terminal {
         let why = match left {
             Left::Closed => "the console was closed by the other side",
-            _ => "left the console",
+            Left::Key | Left::Quiet | Left::ReaderGone | Left::Signal(_) => "left the console",
         };
         let _ = writeln!(screen.err, "\n{shown}: {why}");
     }
     match left {
-        Left::Key | Left::Quiet | Left::Closed => Ok(()),
+        Left::Key | Left::Quiet => Ok(()),
+        Left::Closed => closed(socket, name, before, screen),
         Left::ReaderGone => Err(Stop::ReaderGone),
         Left::Signal(number) => Err(Stop::Signal(number)),
+    }
+}
+
+/// Whether the VM ended, which is no failure, or only the worker between it and us.
+fn closed(socket: &Path, name: &str, before: Option<u64>, screen: &Screen<'_>) -> Result<(), Stop> {
+    std::thread::sleep(SETTLE);
+    match ask(socket, &Request::VmShow { name: name.to_owned() }, screen) {
+        Err(Stop::Failure { exit: Exit::Unreachable, .. }) => {
+            Err(Stop::new(Exit::Unreachable, format!("the worker went away, and the console with it; {name} runs on: open it again in a moment")))
+        }
+        Ok(Reply::Vm(vm)) if vm.pid.is_some() && vm.started_ms == before => {
+            Err(Stop::new(Exit::Unreachable, format!("the console of {name} was closed, and {name} runs on: was the worker restarted? Open it again")))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -249,7 +268,6 @@ impl Signals {
 #[cfg(test)]
 mod tests {
     use super::super::connection::tests::FakeWorker;
-    use super::super::screen::Exit;
     use super::super::screen::tests::Printed;
     use super::*;
     use std::sync::{Arc, Mutex};

@@ -1,61 +1,67 @@
-//! `diarch doctor`: what is right and wrong with this host, and what would mend it. Needs no root, and no running worker.
+//! `diarch doctor`: what is right and wrong with this host, and what would mend it.
+//!
+//! ```text
+//!   kernel, cgroup, iommu, sev-snp, tdx     files of the kernel's            (kernel, confidential)
+//!   systemd, unit, scopes                   D-Bus, which everybody may ask   (units)
+//!   root socket, socket, disks              owners, modes, room              (sockets, disk)
+//!   grants file, qemu                       the programs themselves, bounded (grants, qemu, bounded)
+//!   polkit                                  tried by the worker              (rights)
+//!   worker, supervisor, kvm, audit, ...     what the halves say              (halves)
+//! ```
+//!
+//! Needs no root, no running worker and no systemd; nothing in it waits for ever.
 
-use super::connection::{ask, group_name, group_of_first_seen, user_name};
-use super::screen::{Exit, Screen, Stop, count};
+mod bounded;
+mod confidential;
+mod disk;
+mod finding;
+mod grants;
+mod halves;
+mod kernel;
+mod qemu;
+mod rights;
+mod sockets;
+mod units;
+
+use super::connection::ask;
+use super::escape;
+use super::screen::{Exit, Screen, Stop};
 use super::table::{Tone, tinted};
-use super::{clock, escape, validate};
-use crate::control::protocol::{Reply, Request, StatusView, SupervisorView};
-use diarch_ipc::operation::KvmVerdict;
+use crate::control::protocol::{Reply, Request, StatusView, VmView};
+use crate::systemd::{Systemd, Trouble, Units};
+use finding::{Finding, Level};
 use serde::Serialize;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-/// The oldest kernel that tells a peer's pid by descriptor (SO_PEERPIDFD).
-const KERNEL: (u32, u32) = (6, 5);
-/// With less room than this the audit is about to fail, and with it every grant.
-const DISK_FAIL: u64 = 64 << 20;
-const DISK_WARN: u64 = 1 << 30;
+/// For all that is asked of systemd: it answers in milliseconds, unless it is stuck.
+const SYSTEMD: Duration = Duration::from_secs(3);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-enum Level {
-    Ok,
-    /// A fact, neither good nor bad.
-    Info,
-    Warn,
-    Fail,
-}
-
-/// One line of the report.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-struct Finding {
-    check: &'static str,
-    level: Level,
-    detail: String,
-    /// What mends it.
-    fix: Option<String>,
-}
-
-impl Finding {
-    fn ok(check: &'static str, detail: impl Into<String>) -> Self {
-        Self { check, level: Level::Ok, detail: detail.into(), fix: None }
-    }
-    fn info(check: &'static str, detail: impl Into<String>) -> Self {
-        Self { check, level: Level::Info, detail: detail.into(), fix: None }
-    }
-    fn warn(check: &'static str, detail: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { check, level: Level::Warn, detail: detail.into(), fix: Some(fix.into()) }
-    }
-    fn fail(check: &'static str, detail: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { check, level: Level::Fail, detail: detail.into(), fix: Some(fix.into()) }
-    }
-}
-
-/// Where the kernel's files are; a test has its own.
+/// Where things are; a test has its own.
 #[derive(Debug, Clone)]
 pub struct Host {
     pub root: PathBuf,
     pub audit_file: PathBuf,
+    pub systemd: Systemd,
+    /// Who owns what must be root's.
+    pub root_uid: u32,
+    /// Who may connect to the supervisor.
+    pub worker_group: String,
+}
+
+impl Host {
+    /// The host that is seen below `root`.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into(), audit_file: super::audit::FILE.into(), systemd: Systemd::default(), root_uid: 0, worker_group: "diarch".into() }
+    }
+
+    fn try_read(&self, path: impl AsRef<Path>) -> Option<String> {
+        std::fs::read_to_string(self.root.join(path)).ok().map(|text| text.trim().to_owned())
+    }
+
+    fn read(&self, path: impl AsRef<Path>) -> String {
+        self.try_read(path).unwrap_or_default()
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -66,28 +72,7 @@ struct Report {
 
 /// Prints every check, and fails when one of them does.
 pub fn doctor(socket: &Path, host: &Host, screen: &mut Screen<'_>) -> Result<Exit, Stop> {
-    let status = match ask(socket, &Request::Status {}, screen) {
-        Ok(Reply::Status(status)) => Ok(status),
-        Ok(_) => Err((Exit::Failed, "it answered something else than its status".to_owned())),
-        Err(Stop::Failure { exit, message }) => Err((exit, message)),
-        Err(stop) => return Err(stop),
-    };
-    let mut checks = vec![kernel(host), cgroup(host), iommu(host), socket_mode(socket)];
-    match &status {
-        Ok(status) => {
-            checks.extend(of_status(status, screen.now_ms));
-            checks.push(disk("log disk", Path::new(&status.log_directory)));
-        }
-        Err((exit, message)) => {
-            let fix = match exit {
-                Exit::Denied => join(socket),
-                _ => "systemctl start diarch-worker; journalctl -u diarch-worker -e".to_owned(),
-            };
-            checks.push(Finding::fail("worker", message.clone(), fix));
-            checks.push(Finding::warn("supervisor", "not known: the command reaches it through the worker only", "systemctl status diarch-supervisor"));
-        }
-    }
-    checks.push(disk("audit disk", host.audit_file.parent().unwrap_or(Path::new("/"))));
+    let checks = examine(socket, host, screen)?;
     let failed = checks.iter().filter(|check| check.level == Level::Fail).count();
     let warned = checks.iter().filter(|check| check.level == Level::Warn).count();
     let exit = if failed == 0 { Exit::Ok } else { Exit::Failed };
@@ -114,233 +99,83 @@ pub fn doctor(socket: &Path, host: &Host, screen: &mut Screen<'_>) -> Result<Exi
     Ok(exit)
 }
 
-fn kernel(host: &Host) -> Finding {
-    let release = read(&host.root.join("proc/sys/kernel/osrelease"));
-    let mut parts = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse::<u32>().ok());
-    let (Some(Some(major)), Some(Some(minor))) = (parts.next(), parts.next()) else {
-        return Finding::warn("kernel", format!("its release can't be read: '{release}'"), "mount /proc");
+fn examine(socket: &Path, host: &Host, screen: &Screen<'_>) -> Result<Vec<Finding>, Stop> {
+    let status = match ask(socket, &Request::Status {}, screen) {
+        Ok(Reply::Status(status)) => Ok(status),
+        Ok(_) => Err((Exit::Failed, "it answered something else than its status".to_owned())),
+        Err(Stop::Failure { exit, message }) => Err((exit, message)),
+        Err(stop) => return Err(stop),
     };
-    let needed = format!("{}.{}", KERNEL.0, KERNEL.1);
-    match (major, minor) >= KERNEL {
-        true => Finding::ok("kernel", format!("{release}, and {needed} is needed")),
-        false => Finding::fail(
-            "kernel",
-            format!("{release} is older than {needed}: a peer's unit can't be told safely"),
-            format!("boot a kernel of {needed} or newer"),
-        ),
-    }
-}
+    let supervisor = status.as_ref().ok().and_then(|status| status.supervisor.as_ref());
+    let Outside { units: known, grants, qemus } = outside(host, supervisor.map(|supervisor| supervisor.started_ms))?;
 
-fn cgroup(host: &Host) -> Finding {
-    match host.root.join("sys/fs/cgroup/cgroup.controllers").exists() {
-        true => Finding::ok("cgroup", "version 2 is mounted"),
-        false => Finding::warn(
-            "cgroup",
-            "version 2 is not mounted at /sys/fs/cgroup: no unit of a peer can be told, and no VM has a scope",
-            "boot without systemd.unified_cgroup_hierarchy=0",
-        ),
-    }
-}
-
-fn iommu(host: &Host) -> Finding {
-    let groups = std::fs::read_dir(host.root.join("sys/kernel/iommu_groups")).map_or(0, Iterator::count);
-    match groups {
-        0 => Finding::info("iommu", "no IOMMU groups: no device can be passed through (intel_iommu=on or the firmware's switch would make them)"),
-        n => Finding::info("iommu", format!("{}: devices can be passed through", count(n, "IOMMU group"))),
-    }
-}
-
-/// What lets a person in whom the socket's mode keeps out.
-fn join(socket: &Path) -> String {
-    match group_of_first_seen(socket) {
-        Some(group) => format!("join the group {group}: usermod -aG {group} YOU, and log in again"),
-        None => "join the group that may use it: an administrator knows which".to_owned(),
-    }
-}
-
-fn socket_mode(socket: &Path) -> Finding {
-    const FIX: &str = "set the socket's group and mode in the worker's configuration, and restart diarch-worker";
-    // Followed: the path that people use may be a link into the worker's own directory.
-    let about = match socket.metadata() {
-        Ok(about) => about,
-        Err(error) => {
-            let fix = match error.kind() {
-                std::io::ErrorKind::PermissionDenied => join(socket),
-                _ => "systemctl status diarch-worker".to_owned(),
+    let mut checks = vec![kernel::kernel(host), kernel::cgroup(host), kernel::iommu(host)];
+    checks.extend(confidential::confidential(host));
+    checks.extend(units::units(host, &known, screen.now_ms));
+    checks.extend([sockets::of_supervisor(host), sockets::of_worker(socket), grants]);
+    match &status {
+        Ok(status) => of_worker(socket, status, &known, &mut checks, screen)?,
+        Err((exit, message)) => {
+            let fix = match exit {
+                Exit::Denied => sockets::join(socket),
+                _ => "systemctl start diarch-worker; journalctl -u diarch-worker -e".to_owned(),
             };
-            return Finding::warn("socket", format!("{} can't be looked at: {error}", socket.display()), fix);
-        }
-    };
-    let mode = about.mode() & 0o7777;
-    let detail = format!("{} is {}:{} {mode:04o}", socket.display(), user_name(about.uid()), group_name(about.gid()));
-    match mode & 0o002 == 0 {
-        true => Finding::ok("socket", detail),
-        false => Finding::fail("socket", format!("{detail}: everybody on this host can command the VMs"), FIX),
-    }
-}
-
-/// Everything that the two halves say of themselves.
-fn of_status(status: &StatusView, now_ms: u64) -> Vec<Finding> {
-    let mut found = vec![worker(status, now_ms)];
-    match &status.supervisor {
-        None => found.push(Finding::fail(
-            "supervisor",
-            format!("never reached since the worker started: {}", status.supervisor_state),
-            "systemctl status diarch-supervisor; journalctl -u diarch-supervisor -e",
-        )),
-        Some(supervisor) => {
-            found.push(reached(status, supervisor, now_ms));
-            found.push(versions(status, supervisor));
-            found.push(kvm(supervisor));
-            found.extend(qemu(supervisor));
-            found.push(audit(supervisor));
-            found.push(limits(supervisor));
+            checks.push(Finding::fail("worker", message.clone(), fix));
+            checks.push(Finding::warn("supervisor", "not known: the command reaches it through the worker only", "systemctl status diarch-supervisor"));
+            checks.push(Finding::info("polkit", "not known: the worker tries it"));
         }
     }
-    found.push(files(status));
-    found
-}
-
-fn worker(status: &StatusView, now_ms: u64) -> Finding {
-    let detail = format!(
-        "{}, pid {}, user {}, started {} ago",
-        status.worker_version,
-        status.worker_pid,
-        user_name(status.worker_uid),
-        clock::since(status.worker_started_ms, now_ms)
-    );
-    match status.worker_uid {
-        0 => Finding::fail("worker", format!("{detail}: it runs as root, and needs no right at all"), "run it by its unit, as its own user"),
-        _ => Finding::ok("worker", detail),
+    checks.extend(qemu::qemu(supervisor.map(|supervisor| supervisor.qemu.as_slice()), &qemus));
+    if let Ok(status) = &status {
+        checks.push(disk::disk("log disk", Path::new(&status.log_directory)));
     }
+    checks.push(disk::disk("audit disk", host.audit_file.parent().unwrap_or(Path::new("/"))));
+    Ok(checks)
 }
 
-fn reached(status: &StatusView, supervisor: &SupervisorView, now_ms: u64) -> Finding {
-    let detail = format!("{}, started {} ago, kernel {}", supervisor.version, clock::since(supervisor.started_ms, now_ms), supervisor.kernel);
-    match status.supervisor_state.as_str() {
-        "ready" => Finding::ok("supervisor", detail),
-        state => Finding::fail("supervisor", format!("{state}; last seen: {detail}"), "systemctl status diarch-supervisor; journalctl -u diarch-supervisor -e"),
+/// What others than the worker say: systemd, and the programs that are installed.
+struct Outside {
+    units: Result<Units, Trouble>,
+    grants: Finding,
+    qemus: Vec<qemu::Asked>,
+}
+
+fn outside(host: &Host, started_ms: Option<u64>) -> Result<Outside, Stop> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Stop::failed(format!("the runtime can't be made: {error}")))?;
+    let said = runtime.block_on(async {
+        let late = |_| Err(Trouble::Other(format!("no answer within {} s", SYSTEMD.as_secs())));
+        let units = tokio::time::timeout(SYSTEMD, host.systemd.units()).await.unwrap_or_else(late);
+        let grants::Grants { finding, qemus } = grants::grants(host, started_ms).await;
+        Outside { units, grants: finding, qemus: qemu::ask(qemus).await }
+    });
+    runtime.shutdown_background();
+    Ok(said)
+}
+
+/// What only the worker knows.
+fn of_worker(socket: &Path, status: &StatusView, known: &Result<Units, Trouble>, checks: &mut Vec<Finding>, screen: &Screen<'_>) -> Result<(), Stop> {
+    checks.push(match ask(socket, &Request::Rights {}, screen) {
+        Ok(Reply::Rights(tried)) => rights::rights(&tried),
+        Ok(_) => Finding::warn("polkit", "the worker answered something else than what it tried", "systemctl restart diarch-worker (VMs run on)"),
+        Err(Stop::Failure { message, .. }) => Finding::warn("polkit", format!("not known: {message}"), "systemctl restart diarch-worker (VMs run on)"),
+        Err(stop) => return Err(stop),
+    });
+    checks.extend(halves::of_status(status, screen.now_ms));
+    if let Ok(units) = known
+        && let Some(vms) = listed(socket, screen)?
+    {
+        checks.extend(units::scopes(units, &vms));
     }
+    Ok(())
 }
 
-fn versions(status: &StatusView, supervisor: &SupervisorView) -> Finding {
-    let (worker, root, command) = (status.worker_version.as_str(), supervisor.version.as_str(), env!("CARGO_PKG_VERSION"));
-    match worker == root && worker == command {
-        true => Finding::ok("versions", format!("supervisor, worker and command are {command}")),
-        false => Finding::warn(
-            "versions",
-            format!("supervisor {root}, worker {worker}, command {command}"),
-            "restart the older half after an upgrade: systemctl restart diarch-supervisor diarch-worker (VMs run on)",
-        ),
+fn listed(socket: &Path, screen: &Screen<'_>) -> Result<Option<Vec<VmView>>, Stop> {
+    match ask(socket, &Request::VmList {}, screen) {
+        Ok(Reply::Vms(vms)) => Ok(Some(vms)),
+        Ok(_) | Err(Stop::Failure { .. }) => Ok(None),
+        Err(stop) => Err(stop),
     }
-}
-
-fn kvm(supervisor: &SupervisorView) -> Finding {
-    let auto = &supervisor.accelerator;
-    match &supervisor.kvm {
-        KvmVerdict::Usable => Finding::ok("kvm", format!("a tiny guest ran; accel auto: {auto}")),
-        KvmVerdict::Probing => Finding::info("kvm", format!("the tiny guest that tells is being run; accel auto: {auto}")),
-        KvmVerdict::NotGranted => {
-            Finding::warn("kvm", format!("not granted; accel auto: {auto}"), "set kvm = true under [vms] in /etc/diarch/grants.toml, if VMs may use it")
-        }
-        KvmVerdict::Absent { reason } | KvmVerdict::Lies { reason } if reason.contains("Permission denied") => Finding::warn(
-            "kvm",
-            format!("it may not be opened: {reason}; accel auto: {auto}"),
-            "give the VMs' users the group of /dev/kvm: its mode should be 0660 and its group not root",
-        ),
-        KvmVerdict::Absent { reason } => Finding::warn(
-            "kvm",
-            format!("absent: {reason}; accel auto: {auto}"),
-            "load kvm_intel or kvm_amd, switch on virtualization in the firmware (nested, in a VM)",
-        ),
-        KvmVerdict::Lies { reason } => Finding::warn(
-            "kvm",
-            format!("opens, and can't run a guest: {reason}; accel auto: {auto}"),
-            "this host is a VM without real nested virtualization: switch it on in the host above, or live with TCG",
-        ),
-    }
-}
-
-fn qemu(supervisor: &SupervisorView) -> Vec<Finding> {
-    if supervisor.qemu.is_empty() {
-        return vec![Finding::fail("qemu", "no binary is granted: no VM can start", "add a [qemu.NAME] with its path to /etc/diarch/grants.toml")];
-    }
-    let one = |qemu: &diarch_ipc::operation::QemuGrant| match &qemu.trouble {
-        None => Finding::ok("qemu", format!("{}: {}", qemu.name, qemu.path)),
-        Some(trouble) => Finding::fail(
-            "qemu",
-            format!("{}: {}: {trouble}", qemu.name, qemu.path),
-            "install it (apt-get install qemu-system-x86), or correct its path or sha256 in /etc/diarch/grants.toml",
-        ),
-    };
-    supervisor.qemu.iter().map(one).collect()
-}
-
-fn audit(supervisor: &SupervisorView) -> Finding {
-    let audit = &supervisor.audit;
-    let lost = match audit.lost {
-        0 => String::new(),
-        n => format!("; {} could not be written since the supervisor started", count(n, "record")),
-    };
-    match &audit.trouble {
-        Some(trouble) => Finding::fail(
-            "audit",
-            format!("can't be written: {trouble}; nothing is granted until it can{lost}"),
-            "make room on its disk: the supervisor tries again by itself",
-        ),
-        None if audit.lost > 0 => Finding::warn("audit", format!("record {}{lost}", audit.sequence), "diarch audit verify shows the gaps"),
-        None => Finding::ok("audit", format!("written, up to record {}", audit.sequence)),
-    }
-}
-
-fn limits(supervisor: &SupervisorView) -> Finding {
-    let limits = &supervisor.limits;
-    let detail = format!(
-        "{} of {} VMs, {} of {} MiB, at most {} CPUs each",
-        supervisor.vms_total, limits.vms, limits.memory_mib_used, limits.memory_mib, limits.cpus_each
-    );
-    match supervisor.vms_total >= limits.vms || limits.memory_mib_used >= limits.memory_mib {
-        false => Finding::ok("grants", detail),
-        true => Finding::warn("grants", format!("{detail}: used up"), "raise [vms] in /etc/diarch/grants.toml, or stop a VM"),
-    }
-}
-
-fn files(status: &StatusView) -> Finding {
-    match status.problems.as_slice() {
-        [] => Finding::ok("VM files", format!("no problems in {}", status.configs_dir)),
-        [first, others @ ..] => Finding::warn(
-            "VM files",
-            format!(
-                "{} in {}: {}{}",
-                count(others.len() + 1, "problem"),
-                status.configs_dir,
-                validate::line(first),
-                if others.is_empty() { "" } else { ", ..." }
-            ),
-            format!("diarch validate {}", status.configs_dir),
-        ),
-    }
-}
-
-fn disk(check: &'static str, directory: &Path) -> Finding {
-    let shown = directory.display();
-    let about = match rustix::fs::statvfs(directory) {
-        Ok(about) => about,
-        Err(error) => return Finding::warn(check, format!("{shown} can't be looked at: {error}"), "see that the directory exists and may be passed through"),
-    };
-    let free = about.f_bavail.saturating_mul(about.f_frsize);
-    let detail = format!("{} MiB free at {shown}", free >> 20);
-    match free {
-        0..DISK_FAIL => Finding::fail(check, detail, "make room: without an audit nothing is granted, and without logs nobody knows why"),
-        DISK_FAIL..DISK_WARN => Finding::warn(check, detail, "make room before it is full"),
-        // File systems without inodes of their own (btrfs) say 0 of 0.
-        _ if about.f_files > 0 && about.f_favail == 0 => Finding::fail(check, format!("no inode is free at {shown}"), "remove files"),
-        _ => Finding::ok(check, detail),
-    }
-}
-
-fn read(path: &Path) -> String {
-    std::fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
 #[cfg(test)]
@@ -348,9 +183,10 @@ pub mod tests {
     use super::super::connection::tests::FakeWorker;
     use super::super::screen::tests::Printed;
     use super::*;
-    use crate::control::protocol::FileProblem;
-    use diarch_ipc::name::QemuName;
-    use diarch_ipc::operation::{AuditState, Limits, QemuGrant};
+    use crate::control::protocol::{Need, Phase, RightVerdict, RightView, RightsView, SupervisorView};
+    use diarch_ipc::name::{Label, QemuName};
+    use diarch_ipc::operation::{AuditState, KvmVerdict, Limits, QemuGrant};
+    use std::os::unix::fs::PermissionsExt;
 
     /// Two halves with which all is well.
     pub fn status() -> StatusView {
@@ -378,80 +214,68 @@ pub mod tests {
         }
     }
 
-    fn host(release: &str) -> (tempfile::TempDir, Host) {
+    /// A VM that is healthy in slot 0.
+    pub fn vm() -> VmView {
+        VmView {
+            name: Label::new("web").expect("a name"),
+            file: None,
+            enabled: true,
+            phase: Phase::Healthy,
+            reason: None,
+            slot: Some(0),
+            pid: Some(4321),
+            accelerator: None,
+            cpus: None,
+            memory_mib: None,
+            forwards: vec![],
+            started_ms: None,
+            healthy_ms: None,
+            restarts: 0,
+            guest_reboots: 0,
+            last_exit: None,
+            retry_ms: None,
+            health: None,
+        }
+    }
+
+    impl Host {
+        pub fn write(&self, path: &str, text: &str) {
+            let path = self.root.join(path);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+            std::fs::write(path, format!("{text}\n")).expect("written");
+        }
+
+        /// A shell script in a program's place. Everybody may run it: a program that needs no right is not run as root.
+        pub fn program(&self, path: &str, script: &str) -> PathBuf {
+            self.write(path, &format!("#!/bin/sh\n{script}"));
+            let path = self.root.join(path);
+            for part in path.ancestors().take_while(|part| part.starts_with(&self.root)) {
+                std::fs::set_permissions(part, std::fs::Permissions::from_mode(0o755)).expect("changed");
+            }
+            path
+        }
+    }
+
+    /// A host on which nothing is wrong with the kernel.
+    pub fn host() -> (tempfile::TempDir, Host) {
         let directory = tempfile::tempdir().expect("a directory");
-        let root = directory.path().to_owned();
-        for made in ["proc/sys/kernel", "sys/fs/cgroup", "sys/kernel/iommu_groups/0"] {
-            std::fs::create_dir_all(root.join(made)).expect("made");
-        }
-        std::fs::write(root.join("proc/sys/kernel/osrelease"), format!("{release}\n")).expect("written");
-        std::fs::write(root.join("sys/fs/cgroup/cgroup.controllers"), "cpu memory\n").expect("written");
-        let host = Host { audit_file: root.join("audit.jsonl"), root };
-        (directory, host)
-    }
-
-    fn level(found: &[Finding], check: &str) -> Level {
-        found.iter().find(|finding| finding.check == check).expect(check).level
-    }
-
-    #[test]
-    fn a_healthy_pair_fails_nothing() {
-        let found = of_status(&status(), 1_700_000_000_000);
-        assert!(found.iter().all(|finding| finding.level == Level::Ok && finding.fix.is_none()), "{found:?}");
-        assert_eq!(found[0].detail, format!("{}, pid 77, user 4000000000, started 1m0s ago", env!("CARGO_PKG_VERSION")));
-    }
-
-    #[test]
-    fn each_trouble_has_its_level_and_a_fix() {
-        let with = |change: &dyn Fn(&mut StatusView, &mut SupervisorView)| {
-            let mut status = status();
-            let mut supervisor = status.supervisor.take().expect("a supervisor");
-            change(&mut status, &mut supervisor);
-            status.supervisor = Some(supervisor);
-            of_status(&status, 1_700_000_000_000)
+        let host = Host {
+            audit_file: directory.path().join("audit.jsonl"),
+            systemd: Systemd::behind("/nonexistent/bus"),
+            root_uid: rustix::process::geteuid().as_raw(),
+            worker_group: super::super::connection::group_name(rustix::process::getegid().as_raw()),
+            ..Host::at(directory.path())
         };
-        let lies = KvmVerdict::Lies { reason: "KVM_RUN never came back".into() };
-        type Change<'a> = &'a dyn Fn(&mut StatusView, &mut SupervisorView);
-        let cases: [(&str, Level, Change<'_>); 9] = [
-            ("worker", Level::Fail, &|w, _| w.worker_uid = 0),
-            ("supervisor", Level::Fail, &|w, _| w.supervisor_state = "lost: closed".into()),
-            ("versions", Level::Warn, &|_, s| s.version = "0.0.9".into()),
-            ("kvm", Level::Warn, &|_, s| s.kvm = lies.clone()),
-            ("qemu", Level::Fail, &|_, s| s.qemu[0].trouble = Some("no such file".into())),
-            ("qemu", Level::Fail, &|_, s| s.qemu.clear()),
-            ("audit", Level::Fail, &|_, s| s.audit.trouble = Some("No space left on device".into())),
-            ("audit", Level::Warn, &|_, s| s.audit.lost = 3),
-            ("VM files", Level::Warn, &|w, _| {
-                w.problems = vec![FileProblem { file: "vms/a.json".into(), path: "$".into(), line: None, reason: "empty".into() }];
-            }),
-        ];
-        for (check, expected, change) in cases {
-            let found = with(change);
-            assert_eq!(level(&found, check), expected, "{check}");
-            assert!(found.iter().filter(|finding| finding.level > Level::Info).all(|finding| finding.fix.is_some()));
-        }
-        let mut never = status();
-        never.supervisor = None;
-        assert_eq!(level(&of_status(&never, 0), "supervisor"), Level::Fail);
-    }
-
-    #[test]
-    fn an_old_kernel_fails_and_missing_cgroups_are_a_warning() {
-        for (release, expected) in
-            [("6.5.0", Level::Ok), ("6.12.9-cloud-amd64", Level::Ok), ("7.0", Level::Ok), ("6.4.99", Level::Fail), ("5.15.0", Level::Fail), ("", Level::Warn)]
-        {
-            let (_directory, host) = host(release);
-            assert_eq!(kernel(&host).level, expected, "{release}");
-            assert_eq!(cgroup(&host).level, Level::Ok);
-            assert_eq!(iommu(&host).detail, "1 IOMMU group: devices can be passed through");
-        }
-        let bare = Host { root: "no/such/place".into(), audit_file: "audit.jsonl".into() };
-        assert_eq!((cgroup(&bare).level, iommu(&bare).level), (Level::Warn, Level::Info));
+        std::fs::create_dir_all(host.root.join("sys/kernel/iommu_groups/0")).expect("made");
+        std::fs::create_dir_all(host.root.join("run/systemd/system")).expect("made");
+        host.write("proc/sys/kernel/osrelease", "6.12.0");
+        host.write("sys/fs/cgroup/cgroup.controllers", "cpu memory pids");
+        (directory, host)
     }
 
     #[test]
     fn a_dead_worker_is_a_fail_with_its_fix_and_the_rest_is_still_told() {
-        let (directory, host) = host("6.12.0");
+        let (directory, host) = host();
         for json in [false, true] {
             let mut printed = Printed::default();
             let mut screen = printed.screen();
@@ -461,7 +285,7 @@ pub mod tests {
                 let report: serde_json::Value = serde_json::from_str(&printed.out()).expect("JSON");
                 assert_eq!(report["ok"], false);
             } else {
-                for part in ["ok    kernel", "fail  worker", "fix: systemctl start diarch-worker", "warn  supervisor", "1 failed, "] {
+                for part in ["ok    kernel", "fail  worker", "fix: systemctl start diarch-worker", "warn  supervisor", "info  polkit", "1 failed, "] {
                     assert!(printed.out().contains(part), "{}", printed.out());
                 }
             }
@@ -469,31 +293,19 @@ pub mod tests {
     }
 
     #[test]
-    fn a_kvm_that_may_not_be_opened_is_a_matter_of_its_group() {
-        let mut supervisor = status().supervisor.expect("a supervisor");
-        supervisor.kvm = KvmVerdict::Absent { reason: "/dev/kvm: Permission denied (os error 13)".into() };
-        assert!(kvm(&supervisor).fix.expect("a fix").contains("the group of /dev/kvm"));
-    }
-
-    #[test]
-    fn a_link_to_the_socket_is_followed() {
-        use std::os::unix::fs::PermissionsExt;
-        let directory = tempfile::tempdir().expect("a directory");
-        let (socket, link) = (directory.path().join("worker.sock"), directory.path().join("link.sock"));
-        let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
-        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o660)).expect("changed");
-        std::os::unix::fs::symlink(&socket, &link).expect("linked");
-        assert_eq!(socket_mode(&link).level, Level::Ok);
-    }
-
-    #[test]
-    fn a_socket_that_everybody_may_write_is_a_fail() {
-        use std::os::unix::fs::PermissionsExt;
-        let worker = FakeWorker::answering(&[Reply::Status(Box::new(status())), Reply::Done {}]);
-        for (mode, expected) in [(0o660, Level::Ok), (0o666, Level::Fail)] {
-            std::fs::set_permissions(&worker.socket, std::fs::Permissions::from_mode(mode)).expect("changed");
-            assert_eq!(socket_mode(&worker.socket).level, expected);
+    fn the_worker_is_asked_for_its_state_and_for_what_it_tried() {
+        let (_directory, host) = host();
+        host.program("usr/sbin/diarch-supervisor", "echo grants.toml: accepted");
+        let tried = RightView { what: "restart of it".into(), need: Need::Needed, verdict: RightVerdict::Allowed };
+        let worker = FakeWorker::again_and_again(vec![
+            vec![Reply::Status(Box::new(status())), Reply::Done {}],
+            vec![Reply::Rights(RightsView::Systemd(vec![tried])), Reply::Done {}],
+        ]);
+        let mut printed = Printed::default();
+        assert_eq!(doctor(&worker.socket, &host, &mut printed.screen()), Ok(Exit::Ok), "{}", printed.out());
+        for part in ["ok    polkit", "ok    supervisor", "ok    grants file", "ok    qemu", "warn  systemd", "0 failed, "] {
+            assert!(printed.out().contains(part), "{part}: {}", printed.out());
         }
-        assert!(matches!(ask(&worker.socket, &Request::Status {}, &Printed::default().screen()), Ok(Reply::Status(_))));
+        assert_eq!(worker.requests(), [Request::Status {}, Request::Rights {}]);
     }
 }

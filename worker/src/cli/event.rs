@@ -1,5 +1,6 @@
 //! `diarch events`: what happened to the VMs and to the halves.
 
+use super::comeback::{self, Ended};
 use super::connection::{Connection, Patience, unexpected};
 use super::screen::{Screen, Stop};
 use super::table::{Tone, tinted};
@@ -7,12 +8,36 @@ use super::{clock, escape};
 use crate::control::protocol::{EventView, Reply, Request};
 use std::path::Path;
 
+/// More than a worker keeps.
+const ALL: u32 = u32::MAX;
+
 pub fn events(socket: &Path, last: u32, follow: bool, screen: &mut Screen<'_>) -> Result<(), Stop> {
-    let mut connection = Connection::open(socket)?;
-    connection.send(&Request::Events { last, follow })?;
+    let mut shown = None;
+    if !follow {
+        return some(&mut Connection::open(socket)?, &Request::Events { last, follow }, &mut shown, screen);
+    }
+    let mut last = last;
+    comeback::insist(socket, screen, "events", "", |mut connection, screen| {
+        let result = some(&mut connection, &Request::Events { last, follow }, &mut shown, screen);
+        // A new worker remembers nothing of the old one's, so that all it has is new.
+        last = ALL;
+        Ended::of(result, &connection)
+    })
+}
+
+/// `shown` is the last one.
+fn some(connection: &mut Connection, request: &Request, shown: &mut Option<EventView>, screen: &mut Screen<'_>) -> Result<(), Stop> {
+    let follow = matches!(request, Request::Events { follow: true, .. });
+    connection.send(request)?;
     let patience = if follow { Patience::Event } else { Patience::Answer };
+    let before = shown.clone();
     while let Some(reply) = connection.next(patience, screen)? {
         let Reply::Event(event) = reply else { return Err(unexpected("something else than an event")) };
+        // It was the same worker, then.
+        if before.as_ref().is_some_and(|before| event.at_ms < before.at_ms || event == *before) {
+            continue;
+        }
+        *shown = Some(event.clone());
         if screen.json {
             screen.object(&event)?;
             continue;
@@ -65,5 +90,19 @@ mod tests {
             serde_json::from_str::<EventView>(line).expect("one object a line");
         }
         assert_eq!(printed.out().lines().count(), 2);
+    }
+
+    #[test]
+    fn a_follower_goes_on_with_the_next_worker_and_repeats_nothing() {
+        let event = |at_ms: u64, kind: &str| Reply::Event(EventView { at_ms, vm: None, kind: kind.into(), message: String::new() });
+        let (one, two, three) = (event(1, "one"), event(2, "two"), event(3, "three"));
+        let worker = FakeWorker::again_and_again(vec![vec![one.clone(), two.clone()], vec![one, two, three, Reply::Done {}]]);
+        let mut printed = Printed::default();
+        events(&worker.socket, 1, true, &mut printed.screen()).expect("printed");
+        for (kind, times) in [("one", 1), ("two", 1), ("three", 1)] {
+            assert_eq!(printed.out().matches(kind).count(), times, "{}", printed.out());
+        }
+        assert!(printed.err().contains("events: the worker went away"), "{}", printed.err());
+        assert_eq!(worker.requests(), [Request::Events { last: 1, follow: true }, Request::Events { last: ALL, follow: true }]);
     }
 }

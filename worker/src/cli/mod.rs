@@ -5,6 +5,7 @@
 
 mod audit;
 mod clock;
+mod comeback;
 mod connection;
 mod console;
 mod doctor;
@@ -247,8 +248,7 @@ fn dispatch(cli: &Cli, screen: &mut Screen<'_>) -> Result<Exit, Stop> {
             return audit::verify(&socket, &file.file, compare, screen);
         }
         Command::Doctor => {
-            let host = doctor::Host { root: "/".into(), audit_file: audit::FILE.into() };
-            return doctor::doctor(&socket, &host, screen);
+            return doctor::doctor(&socket, &doctor::Host::at("/"), screen);
         }
     }
     Ok(Exit::Ok)

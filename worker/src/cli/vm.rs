@@ -1,6 +1,7 @@
 //! `diarch vm`: what the VMs are doing, and changing it.
 
 use super::clock;
+use super::comeback::{self, Ended};
 use super::connection::{Connection, Patience, ask, unexpected};
 use super::escape;
 use super::screen::{Screen, Spinner, Stop};
@@ -134,15 +135,74 @@ impl Change {
             Change::Kill => "kill",
         }
     }
+    fn done(self) -> &'static str {
+        match self {
+            Change::Start => "started",
+            Change::Stop => "stopped",
+            Change::Restart => "restarted",
+            Change::Kill => "killed",
+        }
+    }
 }
 
 /// `diarch vm start|stop|restart|kill NAME`.
 pub fn change(socket: &Path, change: Change, name: &str, stay: Stay, screen: &mut Screen<'_>) -> Result<(), Stop> {
-    let mut connection = Connection::open(socket)?;
-    connection.send(&change.request(name, stay))?;
     let shown = escape::cell(name).into_owned();
-    let spinner = (screen.live && !screen.json).then(|| Spinner::start(&format!("{shown}: {} asked for", change.word()), Duration::ZERO));
     let mut last: Option<Progress> = None;
+    if stay == Stay::UntilAccepted {
+        let mut connection = Connection::open(socket)?;
+        follow(&mut connection, &change.request(name, stay), &shown, change, &mut last, screen)?;
+    } else {
+        // A restart is no state that could be asked for twice: by when its QEMU was started it is seen whether it has happened.
+        let before = if change == Change::Restart { started(socket, name, screen)? } else { None };
+        let mut first = true;
+        let what = format!("{} of {name}", change.word());
+        let unknown = format!("Whether {name} was {} is not known: 'diarch vm show {name}' tells when the worker runs.", change.done());
+        comeback::insist(socket, screen, &what, &escape::cell(&unknown), |mut connection, screen| {
+            let anew = std::mem::take(&mut first);
+            let asked = if anew || change != Change::Restart { change } else { Change::Start };
+            let result = follow(&mut connection, &asked.request(name, stay), &shown, change, &mut last, screen);
+            if asked == change || result.is_err() {
+                return Ended::of(result, &connection);
+            }
+            match started(socket, name, screen) {
+                // It runs as it did before: the old worker had not come to it.
+                Ok(now) if now == before => match Connection::open(socket) {
+                    Ok(mut connection) => Ended::of(follow(&mut connection, &change.request(name, stay), &shown, change, &mut last, screen), &connection),
+                    Err(stop) => Ended::For(Err(stop)),
+                },
+                Ok(_) => Ended::For(Ok(())),
+                Err(stop) => Ended::For(Err(stop)),
+            }
+        })?;
+    }
+    match last {
+        _ if screen.json => Ok(()),
+        _ if stay == Stay::UntilAccepted => screen.say(format!("{shown}: {} asked for", change.word())),
+        Some(last) => screen.say(format!("{} is {} after {}", last.name, phase_word(last.phase), clock::words(last.elapsed_ms))),
+        None => screen.say(format!("{shown}: {} done", change.word())),
+    }
+}
+
+/// When the VM's present QEMU was started.
+pub fn started(socket: &Path, name: &str, screen: &Screen<'_>) -> Result<Option<u64>, Stop> {
+    match ask(socket, &Request::VmShow { name: name.to_owned() }, screen)? {
+        Reply::Vm(vm) => Ok(vm.started_ms),
+        _ => Err(unexpected("something else than a VM")),
+    }
+}
+
+/// Asks, and shows how it goes on until it is done.
+fn follow(
+    connection: &mut Connection,
+    request: &Request,
+    shown: &str,
+    change: Change,
+    last: &mut Option<Progress>,
+    screen: &mut Screen<'_>,
+) -> Result<(), Stop> {
+    connection.send(request)?;
+    let spinner = (screen.live && !screen.json).then(|| Spinner::start(&format!("{shown}: {} asked for", change.word()), Duration::ZERO));
     while let Some(reply) = connection.next(Patience::Event, screen)? {
         let Reply::Progress(progress) = reply else { return Err(unexpected("something else than progress")) };
         if screen.json {
@@ -153,15 +213,9 @@ pub fn change(socket: &Path, change: Change, name: &str, stay: Stay, screen: &mu
             // Where nothing can move there is one line for each phase, not one for each look at the clock.
             let _ = writeln!(screen.err, "{} ({})", step(&progress), clock::words(progress.elapsed_ms));
         }
-        last = Some(progress);
+        *last = Some(progress);
     }
-    drop(spinner);
-    match last {
-        _ if screen.json => Ok(()),
-        _ if stay == Stay::UntilAccepted => screen.say(format!("{shown}: {} asked for", change.word())),
-        Some(last) => screen.say(format!("{} is {} after {}", last.name, phase_word(last.phase), clock::words(last.elapsed_ms))),
-        None => screen.say(format!("{shown}: {} done", change.word())),
-    }
+    Ok(())
 }
 
 fn step(progress: &Progress) -> String {
@@ -174,8 +228,25 @@ fn step(progress: &Progress) -> String {
 
 /// `diarch vm logs NAME`.
 pub fn logs(socket: &Path, request: LogRequest<'_>, screen: &mut Screen<'_>) -> Result<(), Stop> {
+    if !request.follow {
+        return some_logs(&mut Connection::open(socket)?, request, screen);
+    }
+    let what = format!("log of {}", request.name);
+    let mut lines = request.lines;
+    comeback::insist(socket, screen, &what, "", |mut connection, screen| {
+        let result = some_logs(&mut connection, LogRequest { lines, ..request }, screen);
+        let ended = Ended::of(result, &connection);
+        if let Ended::Lost { .. } = &ended {
+            // QEMU goes on writing, and how far this was read nobody knows any more.
+            lines = 0;
+            let _ = writeln!(screen.err, "lines that are written until the worker is back are not shown here: 'diarch vm logs' has them");
+        }
+        ended
+    })
+}
+
+fn some_logs(connection: &mut Connection, request: LogRequest<'_>, screen: &mut Screen<'_>) -> Result<(), Stop> {
     let LogRequest { name, source, lines, follow } = request;
-    let mut connection = Connection::open(socket)?;
     connection.send(&Request::VmLogs { name: name.to_owned(), source, lines, follow })?;
     let patience = if follow { Patience::Event } else { Patience::Answer };
     while let Some(reply) = connection.next(patience, screen)? {
@@ -442,5 +513,51 @@ last exit:     -
         logs(&worker.socket, request, &mut printed.screen()).expect("printed");
         assert_eq!(printed.out(), "boot\tok\n\\x1b]0;root@host\\x07\na\\nb\nx\\u{202e}y\n");
         assert_eq!(worker.request(), Request::VmLogs { name: "web".into(), source: LogSource::Console, lines: 4, follow: false });
+    }
+
+    fn start() -> Request {
+        Request::VmStart { name: "web".into(), wait: true }
+    }
+
+    #[test]
+    fn a_start_goes_on_with_the_next_worker() {
+        let not_yet = Failure { kind: FailureKind::Unreachable, message: "the supervisor has not been reached yet".into() };
+        let worker = FakeWorker::again_and_again(vec![
+            vec![progress(Phase::Starting, "spawning QEMU", 3)],
+            vec![Reply::Error(not_yet)],
+            vec![progress(Phase::Healthy, "", 9), Reply::Done {}],
+        ]);
+        let mut printed = Printed::default();
+        change(&worker.socket, Change::Start, "web", Stay::UntilDone, &mut printed.screen()).expect("started");
+        assert_eq!(printed.out(), "web is healthy after 9ms\n");
+        assert!(printed.err().contains("start of web: the worker went away"), "{}", printed.err());
+        assert_eq!(worker.requests(), [start(), start(), start()]);
+    }
+
+    #[test]
+    fn a_restart_is_asked_for_again_only_if_it_did_not_happen() {
+        let shown = |started_ms| vec![Reply::Vm(Box::new(VmView { started_ms, ..web() })), Reply::Done {}];
+        let healthy = || vec![progress(Phase::Healthy, "", 9), Reply::Done {}];
+        let (show, restart) = (Request::VmShow { name: "web".into() }, Request::VmRestart { name: "web".into(), wait: true });
+        let until_the_loss = || vec![shown(Some(1)), vec![progress(Phase::Stopping, "", 3)], healthy()];
+        for (after, asked) in [(Some(2), &[][..]), (Some(1), std::slice::from_ref(&restart))] {
+            let mut script = until_the_loss();
+            script.push(shown(after));
+            script.extend(asked.iter().map(|_| healthy()));
+            let worker = FakeWorker::again_and_again(script);
+            change(&worker.socket, Change::Restart, "web", Stay::UntilDone, &mut Printed::default().screen()).expect("restarted");
+            let expected = [&[show.clone(), restart.clone(), start(), show.clone()][..], asked].concat();
+            assert_eq!(worker.requests(), expected);
+        }
+    }
+
+    #[test]
+    fn a_worker_that_stays_away_is_unreachable_and_what_is_not_known_is_said() {
+        let worker = FakeWorker::again_and_again(vec![vec![progress(Phase::Stopping, "", 3)]]);
+        let stop = change(&worker.socket, Change::Stop, "web", Stay::UntilDone, &mut Printed::default().screen());
+        let Err(Stop::Failure { exit: Exit::Unreachable, message }) = stop else { panic!("{stop:?}") };
+        for part in ["nobody listens", "Whether web was stopped is not known", "diarch vm show web", "The VMs run on"] {
+            assert!(message.contains(part), "{message}");
+        }
     }
 }

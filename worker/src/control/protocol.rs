@@ -58,6 +58,8 @@ pub enum Request {
     },
     /// Replies `Status`.
     Status {},
+    /// Replies `Rights`: what the service manager lets the worker's user do, tried without effect.
+    Rights {},
 }
 
 /// Which of a VM's logs.
@@ -88,6 +90,7 @@ pub enum Reply {
     Plan(PlanView),
     Event(EventView),
     Status(Box<StatusView>),
+    Rights(RightsView),
     Done {},
     Error(Failure),
 }
@@ -263,4 +266,47 @@ pub struct SupervisorView {
     pub limits: diarch_ipc::operation::Limits,
     pub vms_total: u32,
     pub audit: diarch_ipc::operation::AuditState,
+}
+
+/// How the worker would restart the supervisor, and what came of trying its rights.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum RightsView {
+    Systemd(Vec<RightView>),
+    /// A program of the settings: what it may do is not known here.
+    Command {
+        program: String,
+    },
+}
+
+/// One thing that was tried.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RightView {
+    /// `restart of diarch-supervisor.service`.
+    pub what: String,
+    pub need: Need,
+    pub verdict: RightVerdict,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Need {
+    /// The worker needs it.
+    Needed,
+    /// The worker must not have it.
+    Excess,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum RightVerdict {
+    Allowed,
+    Refused {
+        reason: String,
+    },
+    /// It could not be tried.
+    Unknown {
+        reason: String,
+    },
 }

@@ -1,7 +1,7 @@
 //! The worker's end of the control socket.
 //!
 //! ```text
-//!   bind NAME.new.PID (nobody but us can connect) -> chmod 0660, chgrp operators -> rename over NAME
+//!   bind NAME.new.PID (nobody but us can connect) -> chgrp operators, chmod 0660 -> rename over NAME
 //!   accept -> one task each, at most 64 -> one request line -> reply lines -> Done or Error
 //! ```
 //!
@@ -12,7 +12,7 @@ use super::{console, follow, orders, view};
 use crate::worker::{Order, Worker, failure};
 use nix::unistd::{Gid, Group};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,9 +42,16 @@ pub fn listen(socket: &Path, operators: Option<&str>) -> io::Result<UnixListener
     let listener = UnixListener::bind(beside)?;
     let ready = || {
         if let Some(operators) = operators {
-            nix::unistd::chown(beside, None, Some(group(operators)?)).map_err(|error| {
-                io::Error::other(format!("the socket can't be given to the group {operators} ({error}); the worker's user must be a member of it"))
-            })?;
+            let gid = group(operators)?;
+            // In a set-group-id directory of that group it is theirs already: an installed worker belongs to no group but its own, and its unit forbids chown.
+            if std::fs::metadata(beside)?.gid() != gid.as_raw() {
+                nix::unistd::chown(beside, None, Some(gid)).map_err(|error| {
+                    let directory = socket.parent().unwrap_or(Path::new("/")).display();
+                    io::Error::other(format!(
+                        "the socket can't be given to the group {operators} ({error}): give it the directory {directory}, set-group-id (mode 2750)"
+                    ))
+                })?;
+            }
         }
         std::fs::set_permissions(beside, std::fs::Permissions::from_mode(0o660))?;
         std::fs::rename(beside, socket)
@@ -178,6 +185,10 @@ async fn dispatch(request: Request, client: &mut Client, worker: &Arc<Worker>, c
             let status = view::status(worker).await;
             client.reply(&Reply::Status(Box::new(status))).await.map(Ok)
         }
+        Request::Rights {} => {
+            let rights = view::rights(worker).await;
+            client.reply(&Reply::Rights(rights)).await.map(Ok)
+        }
     }
 }
 
@@ -229,7 +240,7 @@ mod tests {
         let journal = Arc::new(Journal::default());
         let (link, _) = Link::start(&config, Arc::clone(&journal));
         let (worker, _) = Worker::new(config, link, journal, Store::open(&dir.join("state")).unwrap(), Logs::open(&dir.join("logs")).unwrap());
-        worker.reload().await;
+        let _ = worker.reload().await;
         tokio::spawn(serve(listen(&socket, None).unwrap(), worker));
         socket
     }
@@ -261,6 +272,26 @@ mod tests {
         UnixStream::connect(&socket).await.unwrap();
         assert!(listen(&socket, Some("no-such-group")).unwrap_err().to_string().contains("no-such-group"));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn in_a_set_group_id_directory_the_socket_and_the_logs_are_the_groups() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        // Root can give the directory away, and still would not be a member; anybody else has the groups that he has.
+        let ours = rustix::process::getegid().as_raw();
+        let operators = if rustix::process::geteuid().is_root() { 54_321 } else { ours };
+        nix::unistd::chown(dir.path(), None, Some(Gid::from_raw(operators))).unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o2750)).unwrap();
+        let socket = dir.path().join("worker.sock");
+        for named in [None, Some(operators.to_string())] {
+            let _listener = listen(&socket, named.as_deref()).unwrap();
+            let about = std::fs::metadata(&socket).unwrap();
+            assert_eq!((about.gid(), about.mode() & 0o7777), (operators, 0o660), "{named:?}");
+        }
+        let opened = Logs::open(dir.path()).unwrap().append(&diarch_ipc::name::Label::new("a").unwrap()).unwrap();
+        let about = rustix::fs::fstat(&opened.console).unwrap();
+        assert_eq!((about.st_gid, about.st_mode & 0o040), (operators, 0o040));
     }
 
     #[tokio::test]

@@ -1,7 +1,9 @@
 //! What the command shows, from what the worker knows.
 
-use super::protocol::{ForwardView, Phase, StatusView, SupervisorView, VmView};
+use super::protocol::{ForwardView, Phase, RightsView, StatusView, SupervisorView, VmView};
+use crate::config::RestartSupervisor;
 use crate::supervisor::describe;
+use crate::systemd::Systemd;
 use crate::worker::{Shown, Worker};
 use diarch_ipc::client::State;
 use diarch_ipc::operation::{HostInventory, KvmVerdict};
@@ -11,6 +13,8 @@ use tokio::time::timeout;
 
 /// A status is shown now; a supervisor that takes longer is shown as it was last seen.
 const INVENTORY: Duration = Duration::from_secs(2);
+/// For all that is tried of systemd together. The first question may have to wait for polkit to be started.
+const RIGHTS: Duration = Duration::from_secs(5);
 
 pub fn vm(shown: Shown) -> VmView {
     let Shown { name, desired, status, held, unusable } = shown;
@@ -97,6 +101,14 @@ pub async fn status(worker: &Worker) -> StatusView {
         configs_dir: worker.config.configs_dir.display().to_string(),
         log_directory: worker.config.log_directory.display().to_string(),
         problems: worker.problems(),
+    }
+}
+
+/// What the worker's user may do, tried now.
+pub async fn rights(worker: &Worker) -> RightsView {
+    match &worker.config.restart_supervisor {
+        RestartSupervisor::Systemd => RightsView::Systemd(Systemd::default().rights(RIGHTS).await),
+        RestartSupervisor::Command(command) => RightsView::Command { program: command.first().cloned().unwrap_or_default() },
     }
 }
 

@@ -80,7 +80,10 @@ enum Accept {
 }
 
 fn file(what: &str, path: &Path, access: OFlags, accept: Accept) -> Result<OwnedFd, String> {
-    let failed = |error: rustix::io::Errno| format!("{what} {}: {}", path.display(), std::io::Error::from(error));
+    let failed = |error: rustix::io::Errno| {
+        let advice = if error == rustix::io::Errno::ROFS { read_only(path) } else { String::new() };
+        format!("{what} {}: {}{advice}", path.display(), std::io::Error::from(error))
+    };
     // O_NONBLOCK: a FIFO in a disk's place must not hold the worker up. Taken off again for QEMU.
     let fd = rustix::fs::open(path, access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty()).map_err(failed)?;
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd).map_err(failed)?.st_mode);
@@ -90,6 +93,15 @@ fn file(what: &str, path: &Path, access: OFlags, accept: Accept) -> Result<Owned
     }
     rustix::fs::fcntl_setfl(&fd, access).map_err(failed)?;
     Ok(fd)
+}
+
+/// The unit shows the worker all but its own directories read-only, and from in here that looks like a file system that is.
+fn read_only(path: &Path) -> String {
+    let directory = path.parent().unwrap_or(Path::new("/")).display();
+    format!(
+        ". If the file system itself can be written, it is the worker's unit that forbids it: 'systemctl edit diarch-worker', the lines '[Service]' and \
+         'ReadWritePaths={directory}', then 'systemctl restart diarch-worker' (the VMs run on). A guest that only reads needs \"disk_access\": \"read-only\""
+    )
 }
 
 /// What `vm.spawn` is asked.
@@ -184,6 +196,14 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
         let same = readable_by_qemu("kernel", &path, opened()).unwrap();
         assert_ne!(rustix::fs::fstat(&same).unwrap().st_ino, stat.st_ino);
+    }
+
+    #[test]
+    fn a_disk_that_the_unit_shows_read_only_says_what_to_do() {
+        let sentence = read_only(Path::new("/srv/guests/db.qcow2"));
+        for part in ["systemctl edit diarch-worker", "ReadWritePaths=/srv/guests'", "restart diarch-worker"] {
+            assert!(sentence.contains(part), "{sentence}");
+        }
     }
 
     #[test]
