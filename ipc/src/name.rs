@@ -182,6 +182,15 @@ pub struct RequestId {
     pub serial: u64,
 }
 
+/// A slot, from one claim to its release. The number is given again, to another VM, and the id of a claim never is: what was asked of one VM can't reach the next one
+/// in its slot, however late it is repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tenancy {
+    pub slot: Slot,
+    pub claim: RequestId,
+}
+
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}.{}", self.session, self.serial)

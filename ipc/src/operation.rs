@@ -5,7 +5,7 @@
 //! (`diarch-supervisor operations`, `docs/OPERATIONS.md`), the table hash that both halves compare in their `Hello`, and
 //! the hostile requests of the tests, which start from each operation's example.
 
-use crate::name::{Cpus, Label, MiB, RequestId, Slot};
+use crate::name::{Cpus, Label, MiB, RequestId, Slot, Tenancy};
 use crate::spec::{self, FdRole, VmSpec};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -259,15 +259,15 @@ impl Request {
         }
     }
 
-    /// The slot that it speaks of.
-    pub fn slot(&self) -> Option<Slot> {
+    /// The VM that it speaks of.
+    pub fn tenancy(&self) -> Option<Tenancy> {
         match self {
             Request::HostInventory(_) | Request::VmClaim(_) => None,
-            Request::VmRelease(r) => Some(r.slot),
-            Request::VmSpawn(r) => Some(r.slot),
-            Request::VmAttach(r) => Some(r.slot),
-            Request::VmConsole(r) => Some(r.slot),
-            Request::VmSignal(r) => Some(r.slot),
+            Request::VmRelease(r) => Some(r.tenancy),
+            Request::VmSpawn(r) => Some(r.tenancy),
+            Request::VmAttach(r) => Some(r.tenancy),
+            Request::VmConsole(r) => Some(r.tenancy),
+            Request::VmSignal(r) => Some(r.tenancy),
         }
     }
 }
@@ -312,6 +312,8 @@ impl HostInventory {
 #[serde(deny_unknown_fields)]
 pub struct VmRecord {
     pub slot: Slot,
+    /// The request that claimed the slot.
+    pub claim: RequestId,
     pub label: Label,
     pub state: SlotState,
     pub uid: u32,
@@ -324,6 +326,12 @@ pub struct VmRecord {
     pub cpus: Option<Cpus>,
     pub memory: Option<MiB>,
     pub accelerator: Option<spec::Accelerator>,
+}
+
+impl VmRecord {
+    pub fn tenancy(&self) -> Tenancy {
+        Tenancy { slot: self.slot, claim: self.claim }
+    }
 }
 
 /// Whether hardware virtualisation works here: found out by letting a tiny guest run (never by looking at the node).
@@ -387,7 +395,7 @@ pub struct Claim {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claimed {
-    pub slot: Slot,
+    pub tenancy: Tenancy,
     pub uid: u32,
 }
 
@@ -395,7 +403,7 @@ pub struct Claimed {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Release {
-    pub slot: Slot,
+    pub tenancy: Tenancy,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -409,7 +417,7 @@ pub struct Released {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spawn {
-    pub slot: Slot,
+    pub tenancy: Tenancy,
     pub spec: VmSpec,
 }
 
@@ -424,7 +432,7 @@ pub struct Spawned {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attach {
-    pub slot: Slot,
+    pub tenancy: Tenancy,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -436,7 +444,7 @@ pub struct Attached {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Console {
-    pub slot: Slot,
+    pub tenancy: Tenancy,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -447,7 +455,7 @@ pub struct ConsoleOpened {}
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Signal {
-    pub slot: Slot,
+    pub tenancy: Tenancy,
     pub signal: SignalKind,
 }
 

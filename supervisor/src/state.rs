@@ -8,7 +8,7 @@ use crate::limiter::Limiter;
 use crate::qemu::HashCache;
 use crate::session::Sessions;
 use diarch_ipc::Error;
-use diarch_ipc::name::{RequestId, Slot};
+use diarch_ipc::name::{RequestId, Slot, Tenancy};
 use diarch_ipc::operation::{Event, KvmVerdict, Operation, Reply, Request, SlotState};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -76,31 +76,37 @@ impl Vm {
 }
 
 impl Supervisor {
-    pub fn no_such_slot(slot: Slot) -> Error {
-        Error::NotFound { what: format!("slot {slot}: nobody claimed it") }
+    /// Finds the VM that a request speaks of. In its slot there may be another by now.
+    pub fn tenant(slots: &BTreeMap<Slot, Vm>, tenancy: Tenancy) -> Result<&Vm, Error> {
+        let slot = tenancy.slot;
+        match slots.get(&slot) {
+            Some(vm) if vm.record.claim == tenancy.claim => Ok(vm),
+            Some(_) => Err(Error::NotFound { what: format!("slot {slot} under claim {}: it was released, and has been given to another VM", tenancy.claim) }),
+            None => Err(Error::NotFound { what: format!("slot {slot}: nobody claimed it") }),
+        }
     }
 
-    /// Reads one slot.
-    pub fn with<T>(&self, slot: Slot, read: impl FnOnce(&Vm) -> T) -> Result<T, Error> {
-        self.slots.borrow().get(&slot).map(read).ok_or_else(|| Self::no_such_slot(slot))
+    /// Reads one VM.
+    pub fn with<T>(&self, tenancy: Tenancy, read: impl FnOnce(&Vm) -> T) -> Result<T, Error> {
+        Self::tenant(&self.slots.borrow(), tenancy).map(read)
     }
 
-    /// Takes the slot's lock, so that nobody else changes it; waits for whoever has it.
-    pub async fn lock(&self, slot: Slot) -> Result<OwnedMutexGuard<()>, Error> {
-        let lock = self.with(slot, |vm| vm.lock.clone())?;
+    /// Takes the VM's lock, so that nobody else changes it; waits for whoever has it.
+    pub async fn lock(&self, tenancy: Tenancy) -> Result<OwnedMutexGuard<()>, Error> {
+        let lock = self.with(tenancy, |vm| vm.lock.clone())?;
         Ok(lock.lock_owned().await)
     }
 
-    /// Takes the slot's lock if nobody has it.
-    pub fn try_lock(&self, slot: Slot) -> Result<OwnedMutexGuard<()>, Error> {
-        let lock = self.with(slot, |vm| vm.lock.clone())?;
-        let busy = |_| Error::Conflict { holder: format!("slot {slot}"), reason: "another operation on it is under way".into() };
+    /// Takes the VM's lock if nobody has it.
+    pub fn try_lock(&self, tenancy: Tenancy) -> Result<OwnedMutexGuard<()>, Error> {
+        let lock = self.with(tenancy, |vm| vm.lock.clone())?;
+        let busy = |_| Error::Conflict { holder: format!("slot {}", tenancy.slot), reason: "another operation on it is under way".into() };
         lock.try_lock_owned().map_err(busy)
     }
 
     /// Refuses what the table says is not legal in the slot's state.
-    pub fn check_state(&self, row: &Operation, slot: Slot) -> Result<(), Error> {
-        let state = self.with(slot, Vm::state)?;
+    pub fn check_state(&self, row: &Operation, tenancy: Tenancy) -> Result<(), Error> {
+        let (state, slot) = (self.with(tenancy, Vm::state)?, tenancy.slot);
         if row.states.contains(&state) {
             return Ok(());
         }
@@ -210,13 +216,13 @@ mod tests {
         })
     }
 
-    fn claimed(supervisor: &Supervisor) -> Slot {
+    fn claimed(supervisor: &Supervisor) -> Tenancy {
         let slot = Slot::new(0).unwrap();
         let claim = RequestId { session: 1, serial: 1 };
         let record = Record { slot, label: Label::new("web").unwrap(), uid: 200_000, claim, state: SlotState::Claimed, run: None };
         supervisor.ledger.create(&record).unwrap();
         supervisor.slots.borrow_mut().insert(slot, Vm::new(record));
-        slot
+        Tenancy { slot, claim }
     }
 
     #[test]
@@ -225,8 +231,9 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         tokio::task::LocalSet::new().block_on(&runtime, async {
             let supervisor = supervisor(directory.path());
-            let slot = claimed(&supervisor);
-            let state = || supervisor.with(slot, Vm::state).unwrap();
+            let tenancy = claimed(&supervisor);
+            let slot = tenancy.slot;
+            let state = || supervisor.with(tenancy, Vm::state).unwrap();
             let row: &'static Operation = Box::leak(Box::new(Operation { deadline_ms: 50, ..OPERATIONS[3] }));
             let (release, stuck) = std::sync::mpsc::channel::<()>();
             let acting = Rc::clone(&supervisor);
@@ -237,9 +244,9 @@ mod tests {
             assert_eq!(state(), SlotState::Quarantined);
             // What needs another state is refused, what ends things is not, and other slots' work goes on.
             let of = |name: &str| OPERATIONS.iter().find(|row| row.name == name).unwrap();
-            assert_eq!(supervisor.check_state(of("vm.spawn"), slot).unwrap_err().kind(), "wrong-state");
-            supervisor.check_state(of("vm.release"), slot).unwrap();
-            supervisor.check_state(of("vm.signal"), slot).unwrap();
+            assert_eq!(supervisor.check_state(of("vm.spawn"), tenancy).unwrap_err().kind(), "wrong-state");
+            supervisor.check_state(of("vm.release"), tenancy).unwrap();
+            supervisor.check_state(of("vm.signal"), tenancy).unwrap();
             assert!(supervisor.helpers.run("other", || true).await.unwrap());
             release.send(()).unwrap();
             assert!(act.await.unwrap().unwrap(), "its result is not lost");

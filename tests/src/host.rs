@@ -16,7 +16,7 @@
 use crate::stand_in::{Ask, Bond, Config, Left, Listen, Service, StandIn, StartLimit, Tmpfs, Unit};
 use crate::wire::{Raw, User, become_user};
 use diarch_ipc::client::{Answered, Client, Restarter, Settings, State};
-use diarch_ipc::name::{CommandLine, Cpus, Label, MiB, QemuName, Slot};
+use diarch_ipc::name::{CommandLine, Cpus, Label, MiB, QemuName, Tenancy};
 use diarch_ipc::operation::{self, Event, HostInventory, Request, VmRecord};
 use diarch_ipc::spec::{Accelerator, Boot, Presence, VmSpec};
 use diarch_worker::control::protocol::{self, Phase, VmView};
@@ -738,16 +738,16 @@ impl Session {
     }
 
     /// Starts a stub in the slot; gives the answer and its two descriptors (pidfd, monitor).
-    pub fn spawn(&self, host: &Host, slot: Slot, words: &str) -> (operation::Spawned, Vec<OwnedFd>) {
+    pub fn spawn(&self, host: &Host, tenancy: Tenancy, words: &str) -> (operation::Spawned, Vec<OwnedFd>) {
         let (spec, fds) = host.spec(words);
-        match self.ask(Request::VmSpawn(operation::Spawn { slot, spec }), fds) {
+        match self.ask(Request::VmSpawn(operation::Spawn { tenancy, spec }), fds) {
             Ok((operation::Reply::VmSpawn(spawned), fds)) => (spawned, fds),
             other => panic!("vm.spawn: {other:?}"),
         }
     }
 
-    pub fn release(&self, slot: Slot) -> operation::Released {
-        match self.ask(Request::VmRelease(operation::Release { slot }), Vec::new()) {
+    pub fn release(&self, tenancy: Tenancy) -> operation::Released {
+        match self.ask(Request::VmRelease(operation::Release { tenancy }), Vec::new()) {
             Ok((operation::Reply::VmRelease(released), _)) => released,
             other => panic!("vm.release: {other:?}"),
         }
@@ -760,8 +760,8 @@ impl Session {
         }
     }
 
-    pub fn record(&self, slot: Slot) -> Option<VmRecord> {
-        self.inventory().vms.into_iter().find(|vm| vm.slot == slot)
+    pub fn record(&self, tenancy: Tenancy) -> Option<VmRecord> {
+        self.inventory().vms.into_iter().find(|vm| vm.tenancy() == tenancy)
     }
 
     pub fn state(&self) -> State {

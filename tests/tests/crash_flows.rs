@@ -4,7 +4,7 @@
 use diarch_ipc::Error;
 use diarch_ipc::client::State;
 use diarch_ipc::frame::Outcome as Answered;
-use diarch_ipc::name::{Label, Slot};
+use diarch_ipc::name::{Label, RequestId, Slot, Tenancy};
 use diarch_ipc::operation::{self, Attach, Claim, Event, ExitStatus, Inventory, Release, Reply, Request, Signal, SignalKind, SlotState, Spawn};
 use diarch_tests::host::{Host, Session, assert_same, stub_vm};
 use diarch_tests::need;
@@ -13,8 +13,8 @@ use diarch_tests::stepper::{Outcome, kill_at_syscall};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-fn slot(number: u64) -> Slot {
-    Slot::new(number).unwrap()
+fn nobodys(number: u64) -> Tenancy {
+    Tenancy { slot: Slot::new(number).unwrap(), claim: RequestId { session: 1, serial: 1 } }
 }
 
 fn label(text: &str) -> Label {
@@ -43,32 +43,32 @@ fn flow_1_a_failed_operation_is_a_typed_error_and_both_live_on() {
     session.inventory();
 
     let nothing = |request| session.ask(request, Vec::new()).unwrap_err();
-    assert!(matches!(nothing(Request::VmSignal(Signal { slot: slot(3), signal: SignalKind::Kill })), Error::NotFound { .. }));
-    assert!(matches!(nothing(Request::VmAttach(Attach { slot: slot(3) })), Error::NotFound { .. }));
+    assert!(matches!(nothing(Request::VmSignal(Signal { tenancy: nobodys(3), signal: SignalKind::Kill })), Error::NotFound { .. }));
+    assert!(matches!(nothing(Request::VmAttach(Attach { tenancy: nobodys(3) })), Error::NotFound { .. }));
 
     let claimed = session.claim("a");
-    let state = nothing(Request::VmAttach(Attach { slot: claimed.slot }));
+    let state = nothing(Request::VmAttach(Attach { tenancy: claimed.tenancy }));
     assert!(matches!(state, Error::WrongState { .. }), "{state:?}");
 
     // What root wrote down is the limit: one QEMU is granted, and 8 GiB.
     let (mut spec, fds) = host.spec("");
     spec.qemu = diarch_ipc::name::QemuName::new("other").unwrap();
-    let denied = session.ask(Request::VmSpawn(Spawn { slot: claimed.slot, spec }), fds).unwrap_err();
+    let denied = session.ask(Request::VmSpawn(Spawn { tenancy: claimed.tenancy, spec }), fds).unwrap_err();
     assert!(matches!(&denied, Error::Denied { grant, .. } if grant.contains("qemu")), "{denied:?}");
     let (mut spec, fds) = host.spec("");
     spec.memory = diarch_ipc::name::MiB::new(9000).unwrap();
-    let denied = session.ask(Request::VmSpawn(Spawn { slot: claimed.slot, spec }), fds).unwrap_err();
+    let denied = session.ask(Request::VmSpawn(Spawn { tenancy: claimed.tenancy, spec }), fds).unwrap_err();
     assert!(matches!(&denied, Error::Denied { grant, .. } | Error::Exhausted { what: grant, .. } if grant.contains("memory")), "{denied:?}");
     let (mut spec, fds) = host.spec("");
     spec.cpus = diarch_ipc::name::Cpus::new(5).unwrap();
-    let denied = session.ask(Request::VmSpawn(Spawn { slot: claimed.slot, spec }), fds).unwrap_err();
+    let denied = session.ask(Request::VmSpawn(Spawn { tenancy: claimed.tenancy, spec }), fds).unwrap_err();
     assert!(matches!(&denied, Error::Denied { grant, .. } if grant.contains("cpus")), "{denied:?}");
 
     // After each refusal the slot is as it was, and the same connection goes on.
-    assert_eq!(session.record(claimed.slot).unwrap().state, SlotState::Claimed);
-    session.spawn(&host, claimed.slot, "");
-    assert!(session.release(claimed.slot).existed);
-    assert!(!session.release(claimed.slot).existed);
+    assert_eq!(session.record(claimed.tenancy).unwrap().state, SlotState::Claimed);
+    session.spawn(&host, claimed.tenancy, "");
+    assert!(session.release(claimed.tenancy).existed);
+    assert!(!session.release(claimed.tenancy).existed);
     assert_eq!(host.supervisor_pid(), supervisor);
     drop(session);
     assert_same(&before, &host);
@@ -83,11 +83,11 @@ fn flow_1_a_qemu_that_can_not_be_executed_leaves_the_slot_claimed() {
     let before = host.inventory();
     let (mut spec, fds) = host.spec("");
     spec.qemu = diarch_ipc::name::QemuName::new("gone").unwrap();
-    let error = session.ask(Request::VmSpawn(Spawn { slot: claimed.slot, spec }), fds).unwrap_err();
+    let error = session.ask(Request::VmSpawn(Spawn { tenancy: claimed.tenancy, spec }), fds).unwrap_err();
     assert!(error.to_string().contains("qemu") || error.to_string().contains("No such file"), "{error}");
-    assert_eq!(session.record(claimed.slot).unwrap().state, SlotState::Claimed);
+    assert_eq!(session.record(claimed.tenancy).unwrap().state, SlotState::Claimed);
     assert_same(&before, &host);
-    session.spawn(&host, claimed.slot, "");
+    session.spawn(&host, claimed.tenancy, "");
 }
 
 // ---- 2: the supervisor is killed in the middle of a call, at every step of it ----
@@ -109,7 +109,7 @@ fn at_every_step(name: &str, host: &Host, mut setup: impl FnMut(&Session) -> (Re
         check(&session, reply, fds);
         // Nothing outlives its round: no slot, no process, no file, no descriptor.
         for vm in session.inventory().vms {
-            session.release(vm.slot);
+            session.release(vm.tenancy());
         }
         assert!(host.qemus().is_empty(), "{name}, step {n} ({outcome:?}): a QEMU is left");
         drop(session);
@@ -144,7 +144,7 @@ fn flow_2_a_claim_killed_at_every_step_claims_once() {
             let Reply::VmClaim(claimed) = reply else { panic!("{reply:?}") };
             let vms = session.inventory().vms;
             assert_eq!(vms.len(), 1, "{vms:?}");
-            assert_eq!((vms[0].slot, vms[0].uid, vms[0].state), (claimed.slot, claimed.uid, SlotState::Claimed));
+            assert_eq!((vms[0].slot, vms[0].uid, vms[0].state), (claimed.tenancy.slot, claimed.uid, SlotState::Claimed));
         },
     );
 }
@@ -159,7 +159,7 @@ fn flow_2_a_spawn_killed_at_every_step_starts_one_qemu() {
         |session| {
             let claimed = session.claim("step");
             let (spec, fds) = host.spec("");
-            (Request::VmSpawn(Spawn { slot: claimed.slot, spec }), fds)
+            (Request::VmSpawn(Spawn { tenancy: claimed.tenancy, spec }), fds)
         },
         |session, reply, fds| {
             let Reply::VmSpawn(spawned) = reply else { panic!("{reply:?}") };
@@ -184,8 +184,8 @@ fn flow_2_a_release_killed_at_every_step_leaves_nothing() {
         &host,
         |session| {
             let claimed = session.claim("step");
-            session.spawn(&host, claimed.slot, "");
-            (Request::VmRelease(Release { slot: claimed.slot }), Vec::new())
+            session.spawn(&host, claimed.tenancy, "");
+            (Request::VmRelease(Release { tenancy: claimed.tenancy }), Vec::new())
         },
         |session, reply, _| {
             assert!(matches!(reply, Reply::VmRelease(_)), "{reply:?}");
@@ -205,8 +205,8 @@ fn flow_2_a_signal_killed_at_every_step_ends_the_qemu() {
         &host,
         |session| {
             let claimed = session.claim("step");
-            session.spawn(&host, claimed.slot, "");
-            (Request::VmSignal(Signal { slot: claimed.slot, signal: SignalKind::Kill }), Vec::new())
+            session.spawn(&host, claimed.tenancy, "");
+            (Request::VmSignal(Signal { tenancy: claimed.tenancy, signal: SignalKind::Kill }), Vec::new())
         },
         |session, reply, _| {
             assert!(matches!(reply, Reply::VmSignal(_)), "{reply:?}");
@@ -273,13 +273,13 @@ fn flow_3_a_supervisor_that_is_dead_is_restarted_and_the_call_succeeds() {
             settings
         });
         let claimed = session.claim("a");
-        let (spawned, _) = session.spawn(&host, claimed.slot, "");
+        let (spawned, _) = session.spawn(&host, claimed.tenancy, "");
         // Nobody respawns it: only the client can have it restarted.
         host.manager().ask(&Ask::Hold(Unit::Supervisor)).unwrap();
         host.manager().ask(&Ask::Kill(Unit::Supervisor, 9)).unwrap();
         eventually("it is dead", Duration::from_secs(2), || host.manager().unit(Unit::Supervisor).state == UnitState::Stopped);
         let asked = Instant::now();
-        let record = session.record(claimed.slot).unwrap();
+        let record = session.record(claimed.tenancy).unwrap();
         let took = asked.elapsed();
         assert_eq!((record.state, record.pid, record.adopted), (SlotState::Running, Some(spawned.pid), true));
         assert!(took < Duration::from_secs(2), "{took:?}");
@@ -427,20 +427,20 @@ fn flow_6_the_supervisor_tells_the_exit_of_its_own_and_of_an_adopted_qemu() {
     let session = host.session();
     for adopted in [false, true] {
         let claimed = session.claim("a");
-        let (spawned, _) = session.spawn(&host, claimed.slot, "");
+        let (spawned, _) = session.spawn(&host, claimed.tenancy, "");
         if adopted {
             host.manager().kill_and_wait(Unit::Supervisor);
-            assert!(session.record(claimed.slot).unwrap().adopted);
+            assert!(session.record(claimed.tenancy).unwrap().adopted);
         }
         let killed = Instant::now();
         end(spawned.pid);
         let event = session.event(Duration::from_secs(2)).expect("no event");
         let took = killed.elapsed();
         let Event::VmExited { slot, status, .. } = event else { panic!("{event:?}") };
-        assert_eq!(slot, claimed.slot);
+        assert_eq!(slot, claimed.tenancy.slot);
         assert!(status == ExitStatus::Signal(9) || (adopted && status == ExitStatus::Unknown), "{status:?}");
         assert!(took < Duration::from_millis(200), "an event, not a poll: {took:?}");
-        assert!(session.release(slot).existed);
+        assert!(session.release(claimed.tenancy).existed);
     }
 }
 
@@ -490,7 +490,7 @@ fn flow_7_an_old_workers_requests_get_superseded() {
     assert!(refused.to_string().contains("superseded"), "{refused}");
     eventually("the old client ends", Duration::from_secs(2), || matches!(old.state(), State::GaveUp { .. }));
     let claimed = new.claim("mine");
-    new.release(claimed.slot);
+    new.release(claimed.tenancy);
     drop((old, new));
     assert_same(&before, &host);
 }
@@ -523,7 +523,7 @@ fn flow_7_two_workers_that_race_never_both_rule() {
         });
         assert!(matches!(&answers[0], Ok((Answered::Error(Error::Superseded), _)) | Err(_)), "{answers:?}");
         let Ok((Answered::Ok(Reply::VmClaim(claimed)), _)) = &answers[1] else { panic!("{answers:?}") };
-        let (released, _) = two.ask(Request::VmRelease(Release { slot: claimed.slot }), &[]).unwrap();
+        let (released, _) = two.ask(Request::VmRelease(Release { tenancy: claimed.tenancy }), &[]).unwrap();
         assert_eq!(released, Answered::Ok(Reply::VmRelease(operation::Released { existed: true })));
     }
     let _ = host.raw().as_fd();

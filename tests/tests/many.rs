@@ -39,7 +39,7 @@ fn two_hundred_vms_are_found_again_by_a_new_supervisor_and_cost_little() {
     let mut pids = BTreeSet::new();
     for n in 0..VMS {
         let claimed = session.claim(&format!("vm-{n}"));
-        pids.insert(session.spawn(&host, claimed.slot, "").0.pid);
+        pids.insert(session.spawn(&host, claimed.tenancy, "").0.pid);
     }
     eprintln!("{VMS} VMs claimed and spawned in {:?}", started.elapsed());
     assert_eq!(pids.len(), usize::from(VMS));
@@ -59,7 +59,7 @@ fn two_hundred_vms_are_found_again_by_a_new_supervisor_and_cost_little() {
     }
 
     for vm in vms {
-        assert!(session.release(vm.slot).existed);
+        assert!(session.release(vm.tenancy()).existed);
     }
     assert!(host.qemus().is_empty() && host.ledger().is_empty());
     drop(session);

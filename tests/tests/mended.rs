@@ -2,7 +2,7 @@
 
 use diarch_ipc::Error;
 use diarch_ipc::frame::{Call, ClientFrame, Outcome, ServerFrame};
-use diarch_ipc::name::{Label, QemuName, RequestId, Slot};
+use diarch_ipc::name::{Label, QemuName, RequestId, Slot, Tenancy};
 use diarch_ipc::operation::{Claim, Event, Inventory, Release, Reply, Request, Signal, SignalKind, SlotState, Spawn};
 use diarch_ipc::spec::{Boot, Disk, DiskAccess, DiskFormat, Presence};
 use diarch_tests::host::{Host, WORKER, descriptors, stub_vm};
@@ -35,28 +35,28 @@ fn eventually(what: &str, within: Duration, mut done: impl FnMut() -> bool) {
     }
 }
 
-fn claim(raw: &mut Raw, name: &str) -> Slot {
+fn claim(raw: &mut Raw, name: &str) -> Tenancy {
     match raw.ask(Request::VmClaim(Claim { label: label(name) }), &[]) {
-        Ok((Outcome::Ok(Reply::VmClaim(claimed)), _)) => claimed.slot,
+        Ok((Outcome::Ok(Reply::VmClaim(claimed)), _)) => claimed.tenancy,
         other => panic!("vm.claim: {other:?}"),
     }
 }
 
-fn spawn(host: &Host, raw: &mut Raw, slot: Slot, words: &str) -> Outcome {
+fn spawn(host: &Host, raw: &mut Raw, slot: Tenancy, words: &str) -> Outcome {
     let (spec, fds) = host.spec(words);
-    raw.ask(Request::VmSpawn(Spawn { slot, spec }), &borrowed(&fds)).unwrap().0
+    raw.ask(Request::VmSpawn(Spawn { tenancy: slot, spec }), &borrowed(&fds)).unwrap().0
 }
 
 /// The pid of a stub that was started in the slot.
-fn spawned(host: &Host, raw: &mut Raw, slot: Slot, words: &str) -> u32 {
+fn spawned(host: &Host, raw: &mut Raw, slot: Tenancy, words: &str) -> u32 {
     match spawn(host, raw, slot, words) {
         Outcome::Ok(Reply::VmSpawn(spawned)) => spawned.pid,
         other => panic!("vm.spawn: {other:?}"),
     }
 }
 
-fn released(raw: &mut Raw, slot: Slot) {
-    let (outcome, _) = raw.ask(Request::VmRelease(Release { slot }), &[]).unwrap();
+fn released(raw: &mut Raw, slot: Tenancy) {
+    let (outcome, _) = raw.ask(Request::VmRelease(Release { tenancy: slot }), &[]).unwrap();
     assert!(matches!(outcome, Outcome::Ok(Reply::VmRelease(_))), "{outcome:?}");
 }
 
@@ -106,7 +106,7 @@ fn start_killed_from(first: u64, every: u64) -> u64 {
         let mut raw = host.raw();
         let (answer, _) = raw.ask(Request::HostInventory(Inventory { after: None }), &[]).unwrap();
         let Outcome::Ok(Reply::HostInventory(inventory)) = answer else { panic!("{what}: {answer:?}") };
-        let found: Vec<_> = inventory.vms.iter().map(|vm| (vm.slot, vm.state)).collect();
+        let found: Vec<_> = inventory.vms.iter().map(|vm| (vm.tenancy(), vm.state)).collect();
         let wanted = [(running, SlotState::Running), (also, SlotState::Running), (claimed, SlotState::Claimed)];
         assert_eq!(found, wanted, "{what}");
         let mut named: Vec<i32> = inventory.vms.iter().filter_map(|vm| vm.pid).map(u32::cast_signed).collect();
@@ -156,15 +156,15 @@ fn adopted_though(words: &str) {
     let before = host.owned();
     host.manager().kill_and_wait(Unit::Supervisor);
     let now = host.owned();
-    let found: Vec<_> = now.vms.iter().map(|vm| (vm.slot, vm.state, vm.pid, vm.adopted)).collect();
+    let found: Vec<_> = now.vms.iter().map(|vm| (vm.tenancy(), vm.state, vm.pid, vm.adopted)).collect();
     assert_eq!(found, [(slot, SlotState::Running, Some(pid), true)]);
     assert_eq!(now.limits.memory_mib_used, before.limits.memory_mib_used, "its memory stays its own");
     let mut raw = host.raw();
-    assert_ne!(claim(&mut raw, "another"), slot, "its slot stays its own");
+    assert_ne!(claim(&mut raw, "another").slot, slot.slot, "its slot stays its own");
     assert!(lives(pid));
     released(&mut raw, slot);
     assert!(!lives(pid), "vm.release answered, and it lives");
-    assert_eq!(claim(&mut raw, "next"), slot);
+    assert_eq!(claim(&mut raw, "next").slot, slot.slot);
 }
 
 #[test]
@@ -182,10 +182,10 @@ fn a_qemu_whose_first_thread_has_ended_is_adopted_and_ended_by_its_release() {
 // ---- two forks ----
 
 /// Two spawns, asked for at one time; the answers, or the end of the connection.
-fn two_spawns(host: &Host, raw: &mut Raw, slots: [Slot; 2]) {
+fn two_spawns(host: &Host, raw: &mut Raw, slots: [Tenancy; 2]) {
     let calls = slots.map(|slot| {
         let (spec, fds) = host.spec("");
-        (Call { id: raw.next_id(), deadline_ms: 5000, request: Request::VmSpawn(Spawn { slot, spec }) }, fds)
+        (Call { id: raw.next_id(), deadline_ms: 5000, request: Request::VmSpawn(Spawn { tenancy: slot, spec }) }, fds)
     });
     for (call, fds) in &calls {
         let _ = raw.send_frame(&ClientFrame::Call(call.clone()), &borrowed(fds));
@@ -279,7 +279,7 @@ fn four_hundred_spawns_that_nobody_waits_for_hold_no_descriptors_and_no_release_
     let supervisor = host.supervisor_pid();
     let mut most = 0;
     for at in 0..450 {
-        let request = Request::VmSpawn(Spawn { slot, spec: spec.clone() });
+        let request = Request::VmSpawn(Spawn { tenancy: slot, spec: spec.clone() });
         let call = Call { id: raw.next_id(), deadline_ms: 0, request };
         raw.send_frame(&ClientFrame::Call(call), &borrowed(&fds)).unwrap();
         while let Received::Frame(..) = raw.receive(Duration::ZERO) {}
@@ -349,10 +349,10 @@ fn a_full_run_directory_closes_grants_and_leaves_release_and_kill_open_also_afte
     fill(&run, "fill-1");
     let refused = spawn(&host, &mut raw, free, "");
     assert!(matches!(&refused, Outcome::Error(Error::Failed { step, .. }) if step.contains("ledger")), "{refused:?}");
-    let state = |slot: Slot| host.owned().vms.into_iter().find(|vm| vm.slot == slot).map(|vm| vm.state);
+    let state = |slot: Tenancy| host.owned().vms.into_iter().find(|vm| vm.tenancy() == slot).map(|vm| vm.state);
     assert_eq!(state(free), Some(SlotState::Claimed));
     let mut raw = host.raw();
-    let (killed, _) = raw.ask(Request::VmSignal(Signal { slot: signalled, signal: SignalKind::Kill }), &[]).unwrap();
+    let (killed, _) = raw.ask(Request::VmSignal(Signal { tenancy: signalled, signal: SignalKind::Kill }), &[]).unwrap();
     assert!(matches!(killed, Outcome::Ok(_)), "{killed:?}");
     eventually("it ends", Duration::from_secs(2), || !lives(pids[0]));
     eventually("its slot says so", Duration::from_secs(2), || state(signalled) == Some(SlotState::Exited));
@@ -363,7 +363,7 @@ fn a_full_run_directory_closes_grants_and_leaves_release_and_kill_open_also_afte
     // What could not be written down is found out again, with no more room than before.
     fill(&run, "fill-2");
     host.manager().kill_and_wait(Unit::Supervisor);
-    let found: Vec<_> = host.owned().vms.into_iter().map(|vm| (vm.slot, vm.state)).collect();
+    let found: Vec<_> = host.owned().vms.into_iter().map(|vm| (vm.tenancy(), vm.state)).collect();
     assert_eq!(found, [(free, SlotState::Claimed), (signalled, SlotState::Exited), (kept, SlotState::Running)]);
     assert!(lives(pids[2]));
     let mut raw = host.raw();
@@ -390,7 +390,7 @@ fn a_replaced_worker_is_told_once_and_takes_nothing_from_its_successor() {
     let limits = "[limits]\nread_per_second = 1\nread_burst = 5\nensure_per_second = 1\nensure_burst = 5\n";
     let host = Host::builder().without_worker().grants(limits).start();
     let inventory = || Request::HostInventory(Inventory { after: None });
-    let release = || Request::VmRelease(Release { slot: Slot::new(0).unwrap() });
+    let release = || Request::VmRelease(Release { tenancy: Tenancy { slot: Slot::new(0).unwrap(), claim: RequestId { session: 1, serial: 1 } } });
     let mut olds: Vec<Raw> = (0..3).map(|_| host.raw()).collect();
     let mut new = host.raw();
     for old in &mut olds {
@@ -440,7 +440,7 @@ fn a_qcow2_image_whose_data_is_in_another_file_is_refused_and_starts_nothing() {
         spec.boot = Boot::Disk { firmware: Presence::Absent };
         spec.disks = vec![Disk { format: DiskFormat::Qcow2, access: DiskAccess::ReadOnly }];
         fds.push(std::fs::File::open(&image).unwrap().into());
-        raw.ask(Request::VmSpawn(Spawn { slot, spec }), &borrowed(&fds)).unwrap().0
+        raw.ask(Request::VmSpawn(Spawn { tenancy: slot, spec }), &borrowed(&fds)).unwrap().0
     };
     let refused = ask(4);
     assert!(matches!(&refused, Outcome::Error(Error::Invalid { field, reason }) if field.contains("disk") && reason.contains("another file")), "{refused:?}");
@@ -470,10 +470,42 @@ fn a_kernel_that_only_the_worker_may_read_is_refused_by_the_supervisor_and_copie
     let (spec, mut fds) = host.spec("");
     fds[2] = std::fs::File::open(&kernel).unwrap().into();
     let id = RequestId { session: 7, serial: 1 };
-    let (refused, _) = raw.ask_as(id, Request::VmSpawn(Spawn { slot, spec }), &borrowed(&fds)).unwrap();
+    let (refused, _) = raw.ask_as(id, Request::VmSpawn(Spawn { tenancy: slot, spec }), &borrowed(&fds)).unwrap();
     assert!(
         matches!(&refused, Outcome::Error(Error::Invalid { field, reason }) if field.contains("kernel") && reason.contains("world-readable")),
         "{refused:?}"
     );
     assert_eq!(host.qemus(), [vm.pid.unwrap().cast_signed()]);
+}
+
+// ---- a request that is repeated after its VM has gone ----
+
+#[test]
+fn a_request_that_comes_late_does_not_reach_the_next_vm_in_its_slot() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::builder().without_worker().grants(NO_LIMITS).start();
+    let mut raw = host.raw();
+    let gone = claim(&mut raw, "gone");
+    released(&mut raw, gone);
+    let next = claim(&mut raw, "next");
+    assert_eq!(next.slot, gone.slot, "the number is given again");
+    spawned(&host, &mut raw, next, "");
+    // As a client does that lost the connection with an answer under way, and meets a supervisor that has done more since.
+    let (outcome, _) = raw.ask(Request::VmRelease(Release { tenancy: gone }), &[]).unwrap();
+    assert!(matches!(&outcome, Outcome::Ok(Reply::VmRelease(released)) if !released.existed), "{outcome:?}");
+    let (spec, fds) = host.spec("");
+    let late = [
+        (Request::VmSignal(Signal { tenancy: gone, signal: SignalKind::Kill }), Vec::new()),
+        (Request::VmAttach(diarch_ipc::operation::Attach { tenancy: gone }), Vec::new()),
+        (Request::VmConsole(diarch_ipc::operation::Console { tenancy: gone }), Vec::new()),
+        (Request::VmSpawn(Spawn { tenancy: gone, spec }), fds),
+    ];
+    for (request, fds) in late {
+        let name = request.operation().name;
+        let (outcome, _) = raw.ask(request, &borrowed(&fds)).unwrap();
+        assert!(matches!(&outcome, Outcome::Error(error) if error.kind() == "not-found"), "{name}: {outcome:?}");
+    }
+    let found: Vec<_> = host.owned().vms.into_iter().map(|vm| (vm.tenancy(), vm.state)).collect();
+    assert_eq!(found, [(next, SlotState::Running)]);
+    released(&mut raw, next);
 }

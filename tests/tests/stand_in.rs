@@ -69,7 +69,7 @@ fn a_vm_whose_supervisor_died_is_ended_with_the_host_and_named() {
     need!(Root, Kernel(6, 5));
     let host = Host::supervisor_only();
     let session = host.session();
-    let slot = session.claim("orphan").slot;
+    let slot = session.claim("orphan").tenancy;
     session.spawn(&host, slot, "");
     host.manager().ask(&Ask::Hold(Unit::Supervisor)).unwrap();
     host.manager().ask(&Ask::Kill(Unit::Supervisor, 9)).unwrap();
@@ -88,7 +88,7 @@ fn a_host_that_is_left_running_ends_when_it_is_asked_to_and_removes_its_director
     builder.lives_on = true;
     let host = builder.start();
     let session = host.session();
-    let slot = session.claim("stays").slot;
+    let slot = session.claim("stays").tenancy;
     session.spawn(&host, slot, "");
     drop(session);
     let (directory, qemus, supervisor) = (host.path(""), host.qemus(), host.supervisor_pid());

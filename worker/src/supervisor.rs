@@ -14,7 +14,7 @@ use crate::journal::Journal;
 use crate::systemd::Systemd;
 use diarch_ipc::Error;
 use diarch_ipc::client::{Client, Restarter, Settings, State};
-use diarch_ipc::name::{Label, Slot};
+use diarch_ipc::name::{Label, Slot, Tenancy};
 use diarch_ipc::operation::{
     Ask, Attach, Claim, Console, Event, ExitStatus, HostInventory, Inventory, KvmVerdict, Release, Signal, SignalKind, Spawn, Spawned, VmRecord,
 };
@@ -86,31 +86,31 @@ impl Link {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot);
     }
 
-    pub async fn claim(&self, label: &Label) -> Result<Slot, Error> {
-        Ok(self.ask(Claim { label: label.clone() }, Vec::new()).await?.0.slot)
+    pub async fn claim(&self, label: &Label) -> Result<Tenancy, Error> {
+        Ok(self.ask(Claim { label: label.clone() }, Vec::new()).await?.0.tenancy)
     }
 
     /// `fds` in the order of [`VmSpec::fds`].
-    pub async fn spawn(&self, slot: Slot, spec: VmSpec, fds: Vec<OwnedFd>) -> Result<(Spawned, Handles), Error> {
-        let (spawned, fds) = self.ask(Spawn { slot, spec }, fds).await?;
+    pub async fn spawn(&self, tenancy: Tenancy, spec: VmSpec, fds: Vec<OwnedFd>) -> Result<(Spawned, Handles), Error> {
+        let (spawned, fds) = self.ask(Spawn { tenancy, spec }, fds).await?;
         Ok((spawned, handles(fds)?))
     }
 
-    pub async fn attach(&self, slot: Slot) -> Result<Handles, Error> {
-        handles(self.ask(Attach { slot }, Vec::new()).await?.1)
+    pub async fn attach(&self, tenancy: Tenancy) -> Result<Handles, Error> {
+        handles(self.ask(Attach { tenancy }, Vec::new()).await?.1)
     }
 
-    pub async fn console(&self, slot: Slot) -> Result<OwnedFd, Error> {
-        let (_, fds) = self.ask(Console { slot }, Vec::new()).await?;
+    pub async fn console(&self, tenancy: Tenancy) -> Result<OwnedFd, Error> {
+        let (_, fds) = self.ask(Console { tenancy }, Vec::new()).await?;
         fds.into_iter().next().ok_or_else(|| short("vm.console"))
     }
 
-    pub async fn signal(&self, slot: Slot, signal: SignalKind) -> Result<(), Error> {
-        self.ask(Signal { slot, signal }, Vec::new()).await.map(drop)
+    pub async fn signal(&self, tenancy: Tenancy, signal: SignalKind) -> Result<(), Error> {
+        self.ask(Signal { tenancy, signal }, Vec::new()).await.map(drop)
     }
 
-    pub async fn release(&self, slot: Slot) -> Result<(), Error> {
-        self.ask(Release { slot }, Vec::new()).await.map(drop)
+    pub async fn release(&self, tenancy: Tenancy) -> Result<(), Error> {
+        self.ask(Release { tenancy }, Vec::new()).await.map(drop)
     }
 
     /// Everything that the supervisor owns, page by page.

@@ -37,7 +37,7 @@ use crate::plan::{Activity, Driven, Observed};
 use crate::state::Store;
 use crate::supervisor::Link;
 use crate::vmfile::{Desired, Health, Machine, RestartPolicy};
-use diarch_ipc::name::{Label, Slot};
+use diarch_ipc::name::{Label, Tenancy};
 use diarch_ipc::operation::{SlotState, VmRecord};
 use diarch_ipc::spec::Accelerator;
 use pace::{Next, Pace};
@@ -125,7 +125,7 @@ pub enum Want {
 pub struct Status {
     pub phase: Phase,
     pub reason: Option<String>,
-    pub slot: Option<Slot>,
+    pub tenancy: Option<Tenancy>,
     pub pid: Option<u32>,
     pub accelerator: Option<Accelerator>,
     pub started_ms: Option<u64>,
@@ -162,7 +162,7 @@ impl Status {
         Self {
             phase: Phase::Stopped,
             reason: None,
-            slot: None,
+            tenancy: None,
             pid: None,
             accelerator: None,
             started_ms: None,
@@ -224,7 +224,7 @@ impl Handle {
     pub fn start(context: Arc<Context>, name: Label, intent: Intent, found: Option<Found>) -> Self {
         let (intent_in, intent_out) = watch::channel(intent);
         let (status_in, status) = watch::channel(Status::new());
-        let vm = Vm { context, name: name.clone(), intent: intent_out, status: status_in, slot: None, pace: Pace::default(), told_failed: None, health: None };
+        let vm = Vm { context, name: name.clone(), intent: intent_out, status: status_in, tenancy: None, pace: Pace::default(), told_failed: None, health: None };
         // Boxed: the largest of its states would otherwise be paid for twice while the task is made.
         let task = tokio::spawn(Box::pin(vm.run(found))).abort_handle();
         Self { name, intent: intent_in, status, task }
@@ -270,7 +270,7 @@ struct Vm {
     name: Label,
     intent: watch::Receiver<Intent>,
     status: watch::Sender<Status>,
-    slot: Option<Slot>,
+    tenancy: Option<Tenancy>,
     pace: Pace,
     /// Why it is failed, as it was told: a retry that fails the same way is no news.
     told_failed: Option<String>,
@@ -311,8 +311,8 @@ impl Vm {
 
     fn first_stage(&mut self, found: Option<Found>) -> Stage {
         let Some(found) = found else { return self.wanted() };
-        self.slot = Some(found.record.slot);
-        self.set(|status| status.slot = Some(found.record.slot));
+        self.tenancy = Some(found.record.tenancy());
+        self.set(|status| status.tenancy = Some(found.record.tenancy()));
         match found.record.state {
             SlotState::Spawning | SlotState::Running | SlotState::Quarantined => Stage::Adopt(Box::new(found)),
             SlotState::Exited => {
@@ -443,16 +443,16 @@ impl Vm {
     /// The slot, back to the supervisor. Tried until it is gone: what is not given back is held for ever.
     async fn give_back(&mut self) {
         let mut pause = Duration::from_millis(100);
-        while let Some(slot) = self.slot {
-            match self.context.link.release(slot).await {
+        while let Some(tenancy) = self.tenancy {
+            match self.context.link.release(tenancy).await {
                 Ok(()) | Err(diarch_ipc::Error::NotFound { .. }) => {
-                    self.context.link.unsubscribe(slot);
+                    self.context.link.unsubscribe(tenancy.slot);
                     self.context.store.forget_started(&self.name);
-                    self.slot = None;
-                    self.set(|status| status.slot = None);
+                    self.tenancy = None;
+                    self.set(|status| status.tenancy = None);
                 }
                 Err(error) => {
-                    tracing::warn!(vm = %self.name, %slot, %error, "a slot can't be released yet");
+                    tracing::warn!(vm = %self.name, slot = %tenancy.slot, %error, "a slot can't be released yet");
                     sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(30));
                 }

@@ -1,6 +1,6 @@
 use super::*;
 use crate::frame::Answer;
-use crate::name::{Label, Slot};
+use crate::name::{Label, RequestId, Slot, Tenancy};
 use crate::operation::{Claim, Claimed, Inventory};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use std::sync::Arc;
@@ -81,7 +81,7 @@ fn claim() -> Claim {
     Claim { label: Label::new("web").unwrap() }
 }
 fn claimed() -> Outcome {
-    Outcome::Ok(Reply::VmClaim(Claimed { slot: Slot::new(3).unwrap(), uid: 7 }))
+    Outcome::Ok(Reply::VmClaim(Claimed { tenancy: Tenancy { slot: Slot::new(3).unwrap(), claim: RequestId { session: 1, serial: 1 } }, uid: 7 }))
 }
 const LONG: Duration = Duration::from_secs(5);
 
@@ -99,7 +99,7 @@ async fn a_call_in_flight_when_the_connection_dies_is_repeated_under_the_same_id
     let again = second.call().await;
     assert_eq!(again.id, before.id);
     second.answer(again.id, claimed()).await;
-    assert_eq!(asking.await.unwrap().unwrap().0.slot.get(), 3);
+    assert_eq!(asking.await.unwrap().unwrap().0.tenancy.slot.get(), 3);
     assert_eq!(restarts.load(Ordering::SeqCst), 0, "a respawned supervisor needs no restart");
 }
 

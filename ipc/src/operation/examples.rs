@@ -12,6 +12,9 @@ fn ok<T, E: std::fmt::Display>(value: Result<T, E>) -> T {
 fn slot() -> Slot {
     ok(Slot::new(0))
 }
+fn tenancy() -> Tenancy {
+    Tenancy { slot: slot(), claim: RequestId { session: 1, serial: 1 } }
+}
 fn label() -> Label {
     ok(Label::new("example"))
 }
@@ -29,6 +32,7 @@ impl Example for HostInventory {
             started_ms: 1,
             vms: vec![VmRecord {
                 slot: slot(),
+                claim: tenancy().claim,
                 label: label(),
                 state: SlotState::Exited,
                 uid: 200_000,
@@ -57,12 +61,12 @@ impl Example for Claim {
 }
 impl Example for Claimed {
     fn example() -> Self {
-        Claimed { slot: slot(), uid: 200_000 }
+        Claimed { tenancy: tenancy(), uid: 200_000 }
     }
 }
 impl Example for Release {
     fn example() -> Self {
-        Release { slot: slot() }
+        Release { tenancy: tenancy() }
     }
 }
 impl Example for Released {
@@ -79,7 +83,7 @@ impl Example for Spawn {
             guest_port: ok(Port::new(80)),
         };
         Spawn {
-            slot: slot(),
+            tenancy: tenancy(),
             spec: VmSpec {
                 qemu: ok(QemuName::new("default")),
                 accelerator: Accelerator::Tcg,
@@ -99,7 +103,7 @@ impl Example for Spawned {
 }
 impl Example for Attach {
     fn example() -> Self {
-        Attach { slot: slot() }
+        Attach { tenancy: tenancy() }
     }
 }
 impl Example for Attached {
@@ -109,7 +113,7 @@ impl Example for Attached {
 }
 impl Example for Console {
     fn example() -> Self {
-        Console { slot: slot() }
+        Console { tenancy: tenancy() }
     }
 }
 impl Example for ConsoleOpened {
@@ -119,7 +123,7 @@ impl Example for ConsoleOpened {
 }
 impl Example for Signal {
     fn example() -> Self {
-        Signal { slot: slot(), signal: SignalKind::Kill }
+        Signal { tenancy: tenancy(), signal: SignalKind::Kill }
     }
 }
 impl Example for Signalled {

@@ -4,7 +4,7 @@ use super::sockets;
 use crate::state::Supervisor;
 use crate::vetted::Vetted;
 use diarch_ipc::Error;
-use diarch_ipc::name::Slot;
+use diarch_ipc::name::{Slot, Tenancy};
 use diarch_ipc::operation::{Attach, Attached, Console, ConsoleOpened, Operation};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -17,21 +17,22 @@ struct Live {
 }
 
 pub fn attach(supervisor: &Supervisor, row: &Operation, ask: &Attach) -> Result<(Attached, Vec<Rc<OwnedFd>>), Error> {
-    let live = vet(supervisor, row, ask.slot)?.into_inner();
+    let live = vet(supervisor, row, ask.tenancy)?.into_inner();
     // Nothing to record: a connection leaves nothing behind.
     let qmp = connect(supervisor, live.slot, sockets::QMP)?;
     Ok((Attached { pid: live.pid }, vec![live.pidfd, Rc::new(qmp)]))
 }
 
 pub fn console(supervisor: &Supervisor, row: &Operation, ask: &Console) -> Result<(ConsoleOpened, Vec<Rc<OwnedFd>>), Error> {
-    let live = vet(supervisor, row, ask.slot)?.into_inner();
+    let live = vet(supervisor, row, ask.tenancy)?.into_inner();
     let console = connect(supervisor, live.slot, sockets::CONSOLE)?;
     Ok((ConsoleOpened {}, vec![Rc::new(console)]))
 }
 
-fn vet(supervisor: &Supervisor, row: &Operation, slot: Slot) -> Result<Vetted<Live>, Error> {
-    supervisor.check_state(row, slot)?;
-    let live = supervisor.with(slot, |vm| {
+fn vet(supervisor: &Supervisor, row: &Operation, tenancy: Tenancy) -> Result<Vetted<Live>, Error> {
+    supervisor.check_state(row, tenancy)?;
+    let slot = tenancy.slot;
+    let live = supervisor.with(tenancy, |vm| {
         let pid = vm.record.run.as_ref()?.process?.pid;
         Some(Live { slot, pid, pidfd: vm.pidfd.clone()? })
     })?;

@@ -5,7 +5,7 @@ use crate::ledger::Record;
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
 use diarch_ipc::Error;
-use diarch_ipc::name::{RequestId, Slot};
+use diarch_ipc::name::{RequestId, Slot, Tenancy};
 use diarch_ipc::operation::{Claim, Claimed, SlotState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -18,7 +18,7 @@ pub fn claim(supervisor: &Rc<Supervisor>, id: RequestId, ask: &Claim) -> Result<
     // Record and effect are one: the slot's directory is what appears by the rename that makes the record. (On a tmpfs: nothing to wait for.)
     let record = vetted.into_inner();
     supervisor.ledger.create(&record).map_err(|error| Error::io("ledger", &error))?;
-    let claimed = Claimed { slot: record.slot, uid: record.uid };
+    let claimed = Claimed { tenancy: Tenancy { slot: record.slot, claim: record.claim }, uid: record.uid };
     supervisor.slots.borrow_mut().insert(record.slot, Vm::new(record));
     Ok(claimed)
 }
@@ -27,7 +27,7 @@ pub fn claim(supervisor: &Rc<Supervisor>, id: RequestId, ask: &Claim) -> Result<
 fn asked_before(slots: &BTreeMap<Slot, Vm>, id: RequestId, ask: &Claim) -> Result<Option<Claimed>, Error> {
     match slots.values().map(|vm| &vm.record).find(|record| record.claim == id) {
         None => Ok(None),
-        Some(record) if record.label == ask.label => Ok(Some(Claimed { slot: record.slot, uid: record.uid })),
+        Some(record) if record.label == ask.label => Ok(Some(Claimed { tenancy: Tenancy { slot: record.slot, claim: record.claim }, uid: record.uid })),
         Some(record) => Err(Error::invalid("id", format!("under this id, {} was claimed", record.label))),
     }
 }
@@ -102,7 +102,7 @@ mod tests {
         slots.insert(record.slot, Vm::new(record));
         let Error::Conflict { holder, .. } = judged(&slots, 2, "a").unwrap_err() else { panic!() };
         assert_eq!(holder, "slot 0");
-        assert_eq!(asked_before(&slots, id(1), &ask("a")).unwrap().unwrap().slot.get(), 0);
+        assert_eq!(asked_before(&slots, id(1), &ask("a")).unwrap().unwrap().tenancy.slot.get(), 0);
         assert!(asked_before(&slots, id(2), &ask("a")).unwrap().is_none());
         assert_eq!(asked_before(&slots, id(1), &ask("b")).unwrap_err().kind(), "invalid", "another request under a used id");
     }

@@ -39,6 +39,7 @@ fn record(vm: &Vm) -> VmRecord {
     let run = record.run.as_ref();
     VmRecord {
         slot: record.slot,
+        claim: record.claim,
         label: record.label.clone(),
         state: vm.state(),
         uid: record.uid,

@@ -5,7 +5,7 @@ use crate::process;
 use crate::state::Supervisor;
 use crate::vetted::Vetted;
 use diarch_ipc::Error;
-use diarch_ipc::name::Slot;
+use diarch_ipc::name::Tenancy;
 use diarch_ipc::operation::{Operation, Release, Released, SlotState};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -21,12 +21,10 @@ struct Undo {
 }
 
 pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &Release) -> Result<Released, Error> {
-    let slot = ask.slot;
-    if !supervisor.slots.borrow().contains_key(&slot) {
-        return Ok(Released { existed: false });
-    }
-    let Ok(_lock) = supervisor.lock(slot).await else { return Ok(Released { existed: false }) };
-    let vetted = match vet(supervisor, row, slot) {
+    let slot = ask.tenancy.slot;
+    // Released, and perhaps another VM's by now.
+    let Ok(_lock) = supervisor.lock(ask.tenancy).await else { return Ok(Released { existed: false }) };
+    let vetted = match vet(supervisor, row, ask.tenancy) {
         // Released while this waited for the lock.
         Err(Error::NotFound { .. }) => return Ok(Released { existed: false }),
         other => other?,
@@ -39,9 +37,9 @@ pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
     Ok(Released { existed: true })
 }
 
-fn vet(supervisor: &Supervisor, row: &Operation, slot: Slot) -> Result<Vetted<Undo>, Error> {
-    supervisor.check_state(row, slot)?;
-    let (record, pidfd) = supervisor.with(slot, |vm| (vm.record.clone(), vm.pidfd.as_ref().map(|fd| fd.try_clone())))?;
+fn vet(supervisor: &Supervisor, row: &Operation, tenancy: Tenancy) -> Result<Vetted<Undo>, Error> {
+    supervisor.check_state(row, tenancy)?;
+    let (record, pidfd) = supervisor.with(tenancy, |vm| (vm.record.clone(), vm.pidfd.as_ref().map(|fd| fd.try_clone())))?;
     let pidfd = pidfd.transpose().map_err(|error| Error::io("dup", &error))?;
     Ok(Vetted::by_vet(Undo { record: Record { state: SlotState::Releasing, ..record }, pidfd }))
 }

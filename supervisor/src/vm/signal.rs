@@ -24,6 +24,6 @@ pub fn signal(supervisor: &Supervisor, row: &Operation, ask: &Signal) -> Result<
 
 /// The process to signal; none when it has ended already, which is what was wanted.
 fn vet(supervisor: &Supervisor, row: &Operation, ask: &Signal) -> Result<Vetted<Option<Rc<OwnedFd>>>, Error> {
-    supervisor.check_state(row, ask.slot)?;
-    Ok(Vetted::by_vet(supervisor.with(ask.slot, |vm| vm.pidfd.clone())?))
+    supervisor.check_state(row, ask.tenancy)?;
+    Ok(Vetted::by_vet(supervisor.with(ask.tenancy, |vm| vm.pidfd.clone())?))
 }

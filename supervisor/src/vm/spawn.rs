@@ -79,19 +79,19 @@ struct Launched {
 }
 
 pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: RequestId, ask: Spawn, fds: Vec<OwnedFd>) -> Result<Started, Error> {
-    let slot = ask.slot;
+    let (tenancy, slot) = (ask.tenancy, ask.tenancy.slot);
     // Not waited for: whoever asks for two VMs in one slot at one time has lost count, and a queue here would hold descriptors.
-    let _lock = supervisor.try_lock(slot)?;
+    let _lock = supervisor.try_lock(tenancy)?;
     if let Some(answer) = asked_before(supervisor, id, &ask)? {
         return Ok(answer);
     }
-    supervisor.check_state(row, slot)?;
+    supervisor.check_state(row, tenancy)?;
     let facts = gather(supervisor, row, &ask, fds).await?;
     let hashed = facts.hashed.clone();
 
     let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), &supervisor.kvm.borrow(), id, &ask, facts)?;
 
-    let before = supervisor.with(slot, |vm| vm.record.clone())?;
+    let before = supervisor.with(tenancy, |vm| vm.record.clone())?;
     supervisor.record(vetted.record.clone())?;
 
     let launched = launch(supervisor, row, slot, vetted).await;
@@ -128,8 +128,8 @@ fn spawned(record: &Record) -> Result<Spawned, Error> {
 
 /// The same request, repeated by a worker that lost the connection: the same answer, with fresh connections.
 fn asked_before(supervisor: &Supervisor, id: RequestId, ask: &Spawn) -> Result<Option<Started>, Error> {
-    let slot = ask.slot;
-    let (record, pidfd) = supervisor.with(slot, |vm| (vm.record.clone(), vm.pidfd.clone()))?;
+    let slot = ask.tenancy.slot;
+    let (record, pidfd) = supervisor.with(ask.tenancy, |vm| (vm.record.clone(), vm.pidfd.clone()))?;
     match &record.run {
         Some(run) if run.spawn == id && run.asked == digest(ask)? => {}
         Some(run) if run.spawn == id => return Err(Error::invalid("id", format!("under this id, another VM was started in slot {slot}"))),
@@ -167,7 +167,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
     let roles = ask.spec.fds();
     let formats: Vec<DiskFormat> = ask.spec.disks.iter().map(|disk| disk.format).collect();
     supervisor
-        .act(row, ask.slot, "look at the files", move || {
+        .act(row, ask.tenancy.slot, "look at the files", move || {
             for (index, (fd, role)) in fds.iter().zip(&roles).enumerate() {
                 fd::interrogate(fd, *role, index)?;
             }
@@ -185,11 +185,12 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
 
 /// Everything that can be refused is refused here.
 fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: RequestId, ask: &Spawn, facts: Facts) -> Result<Vetted<Launch>, Error> {
-    let Some(vm) = slots.get(&ask.slot) else { return Err(Supervisor::no_such_slot(ask.slot)) };
+    let vm = Supervisor::tenant(slots, ask.tenancy)?;
+    let slot = ask.tenancy.slot;
     let spec = &ask.spec;
     admit_shape(spec)?;
-    admit_resources(grants, slots, ask.slot, spec)?;
-    admit_network(grants, slots, ask.slot, spec)?;
+    admit_resources(grants, slots, slot, spec)?;
+    admit_network(grants, slots, slot, spec)?;
     admit_accelerator(grants, kvm, spec)?;
     let granted = grants.qemu.get(spec.qemu.as_str()).ok_or_else(|| Error::denied(format!("qemu.{}", spec.qemu), "there is no such section"))?;
     let run = Run {
@@ -206,12 +207,12 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
     let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS;
     Ok(Vetted::by_vet(Launch {
         record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
-        argv: argv::render(&granted.path.to_string_lossy(), ask.slot, &vm.record.label, spec),
+        argv: argv::render(&granted.path.to_string_lossy(), slot, &vm.record.label, spec),
         program: facts.program.into(),
         fds: facts.fds,
         extra_group: if spec.accelerator == Accelerator::Kvm { kvm::device_group() } else { None },
         max_tasks,
-        scope: Scope::of(ask.slot, &vm.record.label, spec, max_tasks),
+        scope: Scope::of(slot, &vm.record.label, spec, max_tasks),
     }))
 }
 

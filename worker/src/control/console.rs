@@ -53,8 +53,8 @@ pub async fn proxy(client: &mut Client, worker: &Arc<Worker>, holders: &Holders,
         Ok(shown) => shown,
         Err(failure) => return Ok(Err(failure)),
     };
-    let slot = shown.status.as_ref().filter(|status| status.pid.is_some()).and_then(|status| status.slot);
-    let Some(slot) = slot else {
+    let tenancy = shown.status.as_ref().filter(|status| status.pid.is_some()).and_then(|status| status.tenancy);
+    let Some(tenancy) = tenancy else {
         return Ok(Err(failure(FailureKind::Conflict, format!("{} does not run", shown.name))));
     };
     let held = match holders.take(&shown.name, &client.who) {
@@ -64,7 +64,7 @@ pub async fn proxy(client: &mut Client, worker: &Arc<Worker>, holders: &Holders,
             return Ok(Err(failure(FailureKind::Conflict, format!("the console of {} is held by {} for {seconds} s", shown.name, holder.who))));
         }
     };
-    let console = match worker.link.console(slot).await {
+    let console = match worker.link.console(tenancy).await {
         Ok(console) => console,
         Err(error) => {
             let kind = match error {

@@ -48,7 +48,7 @@ pub fn vm(shown: Shown) -> VmView {
         enabled,
         phase,
         reason,
-        slot: status.as_ref().and_then(|status| status.slot).map(|slot| slot.get()),
+        slot: status.as_ref().and_then(|status| status.tenancy).map(|tenancy| tenancy.slot.get()),
         pid: status.as_ref().and_then(|status| status.pid),
         accelerator: status.as_ref().and_then(|status| status.accelerator).map(|accelerator| match accelerator {
             Accelerator::Kvm => "kvm".into(),

@@ -132,7 +132,7 @@ impl Vm {
     async fn keep_killing(&self, link: &Link, qemu: &Qemu) {
         for attempt in 1u32.. {
             let until = Instant::now() + KILLED;
-            let sent = timeout_at(until, link.signal(qemu.slot, SignalKind::Kill)).await;
+            let sent = timeout_at(until, link.signal(qemu.tenancy, SignalKind::Kill)).await;
             tokio::time::sleep_until(until).await;
             let trouble = match sent {
                 Ok(Ok(())) => "it does not die of it".to_owned(),

@@ -3,7 +3,7 @@
 use crate::journal::now_ms;
 use crate::qmp::{Monitor, Seen};
 use crate::supervisor::{Handles, Link, SlotEvent};
-use diarch_ipc::name::{Label, Slot};
+use diarch_ipc::name::{Label, Tenancy};
 use diarch_ipc::operation::{ExitStatus, SlotState};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -33,7 +33,7 @@ pub enum Happened {
 
 #[derive(Debug)]
 pub struct Qemu {
-    pub slot: Slot,
+    pub tenancy: Tenancy,
     pub origin: Origin,
     pub spawned_ms: u64,
     /// Where in QEMU's log this start begins; none when adopted.
@@ -46,7 +46,7 @@ pub struct Qemu {
 
 impl Qemu {
     pub fn new(
-        slot: Slot,
+        tenancy: Tenancy,
         origin: Origin,
         spawned_ms: u64,
         log_mark: Option<u64>,
@@ -56,7 +56,7 @@ impl Qemu {
         // What came before the process that we hold speaks of the one before it.
         while events.try_recv().is_ok() {}
         let pidfd = crate::ready::readable(handles.pidfd)?;
-        Ok(Self { slot, origin, spawned_ms, log_mark, monitor: Arc::new(Monitor::open(handles.qmp)?), pidfd, events, exit: None })
+        Ok(Self { tenancy, origin, spawned_ms, log_mark, monitor: Arc::new(Monitor::open(handles.qmp)?), pidfd, events, exit: None })
     }
 
     pub fn age(&self) -> Duration {
@@ -105,7 +105,7 @@ impl Qemu {
             return status;
         }
         match link.find(name).await {
-            Ok(Some(record)) if record.slot == self.slot && record.state == SlotState::Exited => record.exit.unwrap_or(ExitStatus::Unknown),
+            Ok(Some(record)) if record.tenancy() == self.tenancy && record.state == SlotState::Exited => record.exit.unwrap_or(ExitStatus::Unknown),
             _ => ExitStatus::Unknown,
         }
     }

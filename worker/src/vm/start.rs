@@ -8,7 +8,7 @@ use crate::journal::now_ms;
 use crate::state::Started;
 use crate::vmfile::{Desired, Machine};
 use diarch_ipc::Error;
-use diarch_ipc::name::Slot;
+use diarch_ipc::name::{Slot, Tenancy};
 use diarch_ipc::operation::{SlotState, VmRecord};
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,16 +85,17 @@ impl Vm {
         let (logs, name, vm) = (context.logs.clone(), self.name.clone(), Arc::clone(desired));
         let files = timeout(OPEN_FILES, tokio::task::spawn_blocking(move || launch::open(&logs, &name, &vm.machine)));
         // Side by side: neither needs the other.
-        let (files, slot) = tokio::join!(files, self.slot());
+        let (files, tenancy) = tokio::join!(files, self.tenancy());
         let Opened { fds, log_mark } = match files {
             Ok(Ok(opened)) => opened.map_err(NotStarted::Refused)?,
             Ok(Err(error)) => return Err(NotStarted::Failed(format!("opening its files failed: {error}"))),
             Err(_) => return Err(NotStarted::Failed(format!("its files did not open within {} s", OPEN_FILES.as_secs()))),
         };
-        let slot = slot.map_err(|error| judge(&error))?;
+        let tenancy = tenancy.map_err(|error| judge(&error))?;
+        let slot = tenancy.slot;
         let events = context.link.subscribe(slot);
         let spec = launch::spec(&desired.machine, accelerator);
-        let (spawned, handles) = context.link.spawn(slot, spec, fds).await.map_err(|error| judge(&error))?;
+        let (spawned, handles) = context.link.spawn(tenancy, spec, fds).await.map_err(|error| judge(&error))?;
         self.note("vm.spawned", format!("QEMU started as process {} in slot {slot} ({})", spawned.pid, word(accelerator)));
         self.set(|status| {
             status.phase = Phase::Booting;
@@ -105,19 +106,19 @@ impl Vm {
         });
         self.told_failed = None;
         self.record(slot, spawned.spawned_ms, &desired.file, &desired.machine);
-        Qemu::new(slot, Origin::Spawned, spawned.spawned_ms, Some(log_mark), handles, events)
+        Qemu::new(tenancy, Origin::Spawned, spawned.spawned_ms, Some(log_mark), handles, events)
             .map_err(|error| NotStarted::OutOfStep(format!("QEMU's descriptors can't be used: {error}")))
     }
 
     /// The slot that is ours already, or a new one.
-    async fn slot(&mut self) -> Result<Slot, Error> {
-        if let Some(slot) = self.slot {
-            return Ok(slot);
+    async fn tenancy(&mut self) -> Result<Tenancy, Error> {
+        if let Some(tenancy) = self.tenancy {
+            return Ok(tenancy);
         }
-        let slot = self.context.link.claim(&self.name).await?;
-        self.slot = Some(slot);
-        self.set(|status| status.slot = Some(slot));
-        Ok(slot)
+        let tenancy = self.context.link.claim(&self.name).await?;
+        self.tenancy = Some(tenancy);
+        self.set(|status| status.tenancy = Some(tenancy));
+        Ok(tenancy)
     }
 
     fn record(&self, slot: Slot, spawned_ms: u64, file: &str, machine: &Machine) {
@@ -132,8 +133,8 @@ impl Vm {
     async fn resync(&mut self) -> Option<Found> {
         match self.context.link.find(&self.name).await {
             Ok(Some(record)) => {
-                self.slot = Some(record.slot);
-                self.set(|status| status.slot = Some(record.slot));
+                self.tenancy = Some(record.tenancy());
+                self.set(|status| status.tenancy = Some(record.tenancy()));
                 if record.state == SlotState::Quarantined {
                     self.give_back().await;
                     return None;
@@ -143,8 +144,8 @@ impl Vm {
                 matches!(record.state, SlotState::Running | SlotState::Spawning).then_some(Found { record, machine, file })
             }
             Ok(None) => {
-                self.slot = None;
-                self.set(|status| status.slot = None);
+                self.tenancy = None;
+                self.set(|status| status.tenancy = None);
                 None
             }
             Err(error) => {
@@ -176,9 +177,9 @@ impl Vm {
         let attached = self
             .context
             .link
-            .attach(record.slot)
+            .attach(record.tenancy())
             .await
-            .and_then(|handles| Qemu::new(record.slot, Origin::Adopted, spawned_ms, None, handles, events).map_err(|error| Error::io("adopt", &error)));
+            .and_then(|handles| Qemu::new(record.tenancy(), Origin::Adopted, spawned_ms, None, handles, events).map_err(|error| Error::io("adopt", &error)));
         match attached {
             Ok(qemu) => {
                 self.set(|status| status.reason = None);
@@ -216,7 +217,7 @@ impl Vm {
             }
             Ok(Some(now)) => self.after_failure(format!("it ended with {}", now.exit.unwrap_or(diarch_ipc::operation::ExitStatus::Unknown))),
             Ok(None) => {
-                self.slot = None;
+                self.tenancy = None;
                 self.after_failure("it is gone, with its slot".into())
             }
             Err(_) => Stage::Adopt(Box::new(Found { record, machine, file })),

@@ -177,7 +177,7 @@ mod tests {
             name: old.name.clone(),
             intent,
             status: tokio::sync::watch::channel(status).0,
-            slot: None,
+            tenancy: None,
             pace: super::super::Pace::default(),
             told_failed: None,
             health: None,
