@@ -79,7 +79,7 @@ fn start_killed_from(first: u64, every: u64) -> u64 {
     let host = builder.start();
     let manager = host.manager();
     let mut raw = host.raw();
-    let (running, also, claimed) = (claim(&mut raw, "running"), claim(&mut raw, "also"), claim(&mut raw, "claimed"));
+    let (running, also, mut claimed) = (claim(&mut raw, "running"), claim(&mut raw, "also"), claim(&mut raw, "claimed"));
     let mut pids = [spawned(&host, &mut raw, running, ""), spawned(&host, &mut raw, also, "")].map(u32::cast_signed);
     pids.sort_unstable();
     drop(raw);
@@ -118,7 +118,9 @@ fn start_killed_from(first: u64, every: u64) -> u64 {
         assert_eq!(processes, pids, "{what}: a process is left, or one is gone");
         // What it adopted and what it only read can both be given back, and the number is free again.
         released(&mut raw, claimed);
-        assert_eq!(claim(&mut raw, "claimed"), claimed, "{what}");
+        let again = claim(&mut raw, "claimed");
+        assert_eq!(again.slot, claimed.slot, "{what}");
+        claimed = again;
         match outcome {
             Stepped::Killed { .. } => n += every,
             Stepped::Survived { syscalls } => {
@@ -505,7 +507,9 @@ fn a_request_that_comes_late_does_not_reach_the_next_vm_in_its_slot() {
         let (outcome, _) = raw.ask(request, &borrowed(&fds)).unwrap();
         assert!(matches!(&outcome, Outcome::Error(error) if error.kind() == "not-found"), "{name}: {outcome:?}");
     }
-    let found: Vec<_> = host.owned().vms.into_iter().map(|vm| (vm.tenancy(), vm.state)).collect();
+    let (outcome, _) = raw.ask(Request::HostInventory(Inventory { after: None }), &[]).unwrap();
+    let Outcome::Ok(Reply::HostInventory(inventory)) = outcome else { panic!("{outcome:?}") };
+    let found: Vec<_> = inventory.vms.iter().map(|vm| (vm.tenancy(), vm.state)).collect();
     assert_eq!(found, [(next, SlotState::Running)]);
     released(&mut raw, next);
 }

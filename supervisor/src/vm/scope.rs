@@ -58,7 +58,9 @@ impl Scope {
         let translator = if spec.accelerator == Accelerator::Tcg { OF_TRANSLATOR } else { 0 };
         Self {
             name: format!("diarch-vm-{slot}.scope"),
-            description: format!("Diarch VM {label} (slot {slot})"),
+            // In quotes: needrestart takes the first word of a unit's description that ends in ".service" for a service to restart, and the label is
+            // the worker's.
+            description: format!("Diarch VM \"{label}\" (slot {slot})"),
             memory_max: guest + guest / 64 + OF_QEMU + OF_EACH_CPU * u64::from(spec.cpus.get()) + translator,
             tasks_max,
             kvm: spec.accelerator == Accelerator::Kvm,
@@ -183,7 +185,7 @@ mod tests {
     fn a_scope_is_named_by_its_slot_and_described_by_its_label() {
         let scope = scope(Accelerator::Kvm, 16, 1);
         assert_eq!(scope.name, "diarch-vm-7.scope");
-        assert_eq!(scope.description, "Diarch VM web (slot 7)");
+        assert_eq!(scope.description, "Diarch VM \"web\" (slot 7)");
         assert_eq!(scope.tasks_max, 161);
     }
 
