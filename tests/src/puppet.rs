@@ -1,7 +1,7 @@
 //! The test's end of `diarch-puppet`: a will for the program that has taken the worker's place in a booted [`Machine`].
 
 use crate::machine::Machine;
-use diarch_ipc::name::{CommandLine, Cpus, Label, MiB, QemuName, Slot};
+use diarch_ipc::name::{CommandLine, Cpus, Label, MiB, QemuName, Tenancy};
 use diarch_ipc::operation::{Attach, Claim, Console, Inventory, Release, Request, Signal, SignalKind, Spawn};
 use diarch_ipc::spec::{Accelerator, Boot, Presence, VmSpec};
 use serde_json::{Value, json};
@@ -102,9 +102,8 @@ impl<'a> Puppet<'a> {
         self.try_ask(request).unwrap_or_else(|error| panic!("{request:?}: {error}"))
     }
 
-    pub fn claim(&self, label: &str) -> Slot {
-        let slot = self.ask(&claim(label))["slot"].as_u64().expect("a number");
-        Slot::new(slot).expect("a slot")
+    pub fn claim(&self, label: &str) -> Tenancy {
+        tenancy(self.ask(&claim(label)))
     }
 
     /// The inventory's VMs, by label.
@@ -115,26 +114,31 @@ impl<'a> Puppet<'a> {
     }
 }
 
+/// Of an answer to `vm.claim`.
+pub fn tenancy(mut claimed: Value) -> Tenancy {
+    serde_json::from_value(claimed["tenancy"].take()).expect("a tenancy")
+}
+
 pub fn inventory() -> Request {
     Request::HostInventory(Inventory { after: None })
 }
 pub fn claim(label: &str) -> Request {
     Request::VmClaim(Claim { label: Label::new(label).expect("a label") })
 }
-pub fn release(slot: Slot) -> Request {
-    Request::VmRelease(Release { slot })
+pub fn release(tenancy: Tenancy) -> Request {
+    Request::VmRelease(Release { tenancy })
 }
-pub fn attach(slot: Slot) -> Request {
-    Request::VmAttach(Attach { slot })
+pub fn attach(tenancy: Tenancy) -> Request {
+    Request::VmAttach(Attach { tenancy })
 }
-pub fn console(slot: Slot) -> Request {
-    Request::VmConsole(Console { slot })
+pub fn console(tenancy: Tenancy) -> Request {
+    Request::VmConsole(Console { tenancy })
 }
-pub fn kill(slot: Slot) -> Request {
-    Request::VmSignal(Signal { slot, signal: SignalKind::Kill })
+pub fn kill(tenancy: Tenancy) -> Request {
+    Request::VmSignal(Signal { tenancy, signal: SignalKind::Kill })
 }
 /// A stub of 16 MiB, by the binary that the grants call `stub`.
-pub fn spawn(slot: Slot) -> Request {
+pub fn spawn(tenancy: Tenancy) -> Request {
     let spec = VmSpec {
         qemu: QemuName::new("stub").expect("a name"),
         accelerator: Accelerator::Tcg,
@@ -144,5 +148,5 @@ pub fn spawn(slot: Slot) -> Request {
         disks: Vec::new(),
         nics: Vec::new(),
     };
-    Request::VmSpawn(Spawn { slot, spec })
+    Request::VmSpawn(Spawn { tenancy, spec })
 }

@@ -1,7 +1,6 @@
 //! The two halves as two services of a real systemd, from the installed package: restarts, kills, a half that can't start, a half that hangs. VMs run on
 //! through all of it.
 
-use diarch_ipc::name::Slot;
 use diarch_ipc::operation::Request;
 use diarch_tests::machine::{Machine, Process, SUPERVISOR, WORKER, vm_file_stub};
 use diarch_tests::need;
@@ -91,14 +90,14 @@ fn fifty_restarts_of_the_supervisor_under_ten_requests_in_flight_lose_and_double
                     }
                     // Each answer is asserted to be a success: refused would be asked twice.
                     let label = format!("load-{lane}-{round}");
-                    let slot = puppet.claim(&label);
-                    let pid = puppet.ask(&puppet::spawn(slot))["pid"].clone();
+                    let vm = puppet.claim(&label);
+                    let pid = puppet.ask(&puppet::spawn(vm))["pid"].clone();
                     let found = puppet.vms().remove(&label).expect("what was claimed is there");
-                    assert_eq!((&found["slot"], &found["pid"]), (&Value::from(slot.get()), &pid), "one claim, one QEMU");
-                    puppet.ask(&puppet::attach(slot));
-                    puppet.ask(&puppet::console(slot));
-                    puppet.ask(&puppet::kill(slot));
-                    puppet.ask(&puppet::release(slot));
+                    assert_eq!((&found["slot"], &found["pid"]), (&Value::from(vm.slot.get()), &pid), "one claim, one QEMU");
+                    puppet.ask(&puppet::attach(vm));
+                    puppet.ask(&puppet::console(vm));
+                    puppet.ask(&puppet::kill(vm));
+                    puppet.ask(&puppet::release(vm));
                     rounds.fetch_add(1, Ordering::Relaxed);
                 }
             });
@@ -157,18 +156,17 @@ fn a_supervisor_killed_before_during_and_after_each_operation_answers_it_once() 
         let label = format!("flow-{n}");
         let ask = |request: &Request| killed_around(&machine, &puppet, moment, request);
         ask(&puppet::inventory());
-        let claimed = ask(&puppet::claim(&label));
-        let slot = Slot::new(claimed["slot"].as_u64().expect("a slot")).expect("a slot");
-        assert_eq!(puppet.vms()[&label]["slot"], claimed["slot"], "claimed once");
-        let spawned = ask(&puppet::spawn(slot));
+        let vm = puppet::tenancy(ask(&puppet::claim(&label)));
+        assert_eq!(puppet.vms()[&label]["slot"], vm.slot.get(), "claimed once");
+        let spawned = ask(&puppet::spawn(vm));
         assert_eq!(puppet.vms()[&label]["pid"], spawned["pid"], "what was answered is what runs");
-        let members: Vec<u32> = machine.processes_of(&format!("diarch-vm-{slot}.scope")).iter().map(|process| process.pid).collect();
+        let members: Vec<u32> = machine.processes_of(&format!("diarch-vm-{}.scope", vm.slot)).iter().map(|process| process.pid).collect();
         assert_eq!(Value::from(members), serde_json::json!([spawned["pid"]]), "one QEMU, in its scope");
-        ask(&puppet::attach(slot));
-        ask(&puppet::console(slot));
-        ask(&puppet::kill(slot));
+        ask(&puppet::attach(vm));
+        ask(&puppet::console(vm));
+        ask(&puppet::kill(vm));
         machine.wait_for("QEMU's end to be known", Duration::from_secs(10), || (puppet.vms()[&label]["state"] == "exited").then_some(()));
-        ask(&puppet::release(slot));
+        ask(&puppet::release(vm));
         assert!(!puppet.vms().contains_key(&label), "released");
     }
     let (sent, answered, answers) = puppet.counts();
@@ -269,7 +267,7 @@ fn what_systemd_does_to_itself_and_to_both_halves_leaves_the_vms_alone() {
         assert_untouched(&machine, &vms, &format!("after {deed}"));
     }
     let status = machine.sh("systemctl --no-pager status diarch-vm-0.scope");
-    assert!(status.contains("Diarch VM a (slot 0)") && status.contains("guest=a,"), "{status}");
+    assert!(status.contains("Diarch VM \"a\" (slot 0)") && status.contains("guest=a,"), "{status}");
     assert!(machine.sh("systemd-cgls --no-pager --full /diarch.slice").contains("guest=a,"));
     // Its limits are the specification's: 16 MiB, 1 CPU, the translator.
     assert_eq!(machine.show("diarch-vm-0.scope", "TasksMax"), "161");
@@ -286,13 +284,13 @@ fn a_vm_that_can_not_get_its_scope_is_not_started() {
     machine.sh("systemd-run --quiet --scope --unit=diarch-vm-0.scope --slice=diarch-vms.slice sleep 60 >/dev/null 2>&1 &");
     machine.sh("until systemctl is-active diarch-vm-0.scope; do sleep 0.1; done");
     let puppet = Puppet::instead_of_the_worker(&machine);
-    let slot = puppet.claim("a");
-    let error = puppet.try_ask(&puppet::spawn(slot)).expect_err("the scope is taken");
+    let vm = puppet.claim("a");
+    let error = puppet.try_ask(&puppet::spawn(vm)).expect_err("the scope is taken");
     assert_eq!(error["kind"], "failed", "{error}");
     assert!(error["text"].as_str().is_some_and(|text| text.contains("diarch-vm-0.scope")), "{error}");
     assert_eq!(puppet.vms()["a"]["state"], "claimed");
     assert_eq!(machine.sh("pgrep --count stub || true").trim(), "0", "no child is left");
     machine.sh("systemctl stop diarch-vm-0.scope");
-    puppet.ask(&puppet::spawn(slot));
+    puppet.ask(&puppet::spawn(vm));
     puppet.give_back();
 }

@@ -63,7 +63,7 @@ fn every_command_of_the_page_does_what_the_page_says() {
         }
     }
     assert!(first.is_some(), "no VM was started");
-    for words in ["web", "healthy", "Diarch VM web (slot 0)", "guest=web,"] {
+    for words in ["web", "healthy", "Diarch VM \"web\" (slot 0)", "guest=web,"] {
         assert!(said.contains(words), "nothing printed {words:?}");
     }
     assert_eq!(machine.qemus().len(), 0, "removed");

@@ -6,7 +6,8 @@ use diarch_tests::need;
 #[ignore]
 fn explore() {
     need!(Machine, Package);
-    let machine = Machine::installed().vm(vm_file_stub("a")).vm(diarch_tests::machine::vm_file_guest("guest", 8080)).limit(std::time::Duration::from_secs(3000)).boot();
+    let machine =
+        Machine::installed().vm(vm_file_stub("a")).vm(diarch_tests::machine::vm_file_guest("guest", 8080)).limit(std::time::Duration::from_secs(3000)).boot();
     println!("{}", machine.leader());
     std::fs::write("/tmp/rights.leader", machine.leader().to_string()).unwrap();
     while std::path::Path::new("/tmp/rights.leader").exists() {

@@ -224,7 +224,8 @@ impl Handle {
     pub fn start(context: Arc<Context>, name: Label, intent: Intent, found: Option<Found>) -> Self {
         let (intent_in, intent_out) = watch::channel(intent);
         let (status_in, status) = watch::channel(Status::new());
-        let vm = Vm { context, name: name.clone(), intent: intent_out, status: status_in, tenancy: None, pace: Pace::default(), told_failed: None, health: None };
+        let vm =
+            Vm { context, name: name.clone(), intent: intent_out, status: status_in, tenancy: None, pace: Pace::default(), told_failed: None, health: None };
         // Boxed: the largest of its states would otherwise be paid for twice while the task is made.
         let task = tokio::spawn(Box::pin(vm.run(found))).abort_handle();
         Self { name, intent: intent_in, status, task }

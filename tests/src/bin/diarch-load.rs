@@ -11,7 +11,7 @@
 //! effect was missing or double.
 
 use diarch_ipc::client::{Client, Restarter, Settings, State};
-use diarch_ipc::name::{CommandLine, Cpus, Label, MiB, QemuName, Slot};
+use diarch_ipc::name::{CommandLine, Cpus, Label, MiB, QemuName, Slot, Tenancy};
 use diarch_ipc::operation::{Ask, Claim, Inventory, Release, Signal, SignalKind, Spawn, VmRecord};
 use diarch_ipc::spec::{Accelerator, Boot, Presence, VmSpec};
 use diarch_worker::config::Config;
@@ -323,26 +323,26 @@ impl Load {
     async fn round(&self, lane: u32, round: u64) -> Result<(), Unanswered> {
         let label = Label::new(format!("{}-{lane}-{round}", self.tag)).map_err(|e| self.not_asked(e.to_string()))?;
         let (claimed, _) = self.ask(Claim { label: label.clone() }, Vec::new()).await?;
-        let lived = self.live(lane, &label, claimed.slot, round).await;
-        self.ask(Release { slot: claimed.slot }, Vec::new()).await?;
+        let lived = self.live(lane, &label, claimed.tenancy, round).await;
+        self.ask(Release { tenancy: claimed.tenancy }, Vec::new()).await?;
         lived?;
         // Another lane may have the slot by now; the name is nobody else's.
-        if self.listed(&label).await? != Vec::<Slot>::new() {
+        if self.listed(&label).await? != Vec::<Tenancy>::new() {
             self.wrong(format!("{label} was released, and is listed"));
         }
         Ok(())
     }
 
-    async fn live(&self, lane: u32, label: &Label, slot: Slot, round: u64) -> Result<(), Unanswered> {
+    async fn live(&self, lane: u32, label: &Label, tenancy: Tenancy, round: u64) -> Result<(), Unanswered> {
         let listed = self.listed(label).await?;
-        if listed != [slot] {
-            self.wrong(format!("{label} was claimed once, as slot {slot}, and is listed in {listed:?}"));
+        if listed != [tenancy] {
+            self.wrong(format!("{label} was claimed once, as {tenancy:?}, and is listed in {listed:?}"));
         }
         if self.stopping.get() {
             return Ok(());
         }
         let (spec, fds) = self.spec(lane).map_err(|e| self.not_asked(e))?;
-        let (spawned, handles) = self.ask(Spawn { slot, spec }, fds).await?;
+        let (spawned, handles) = self.ask(Spawn { tenancy, spec }, fds).await?;
         if handles.len() != 2 {
             self.wrong(format!("{label}: vm.spawn answered with {} descriptors", handles.len()));
         }
@@ -351,12 +351,12 @@ impl Load {
             self.wrong(format!("{label} was spawned once, as process {}, and is listed with {pids:?}", spawned.pid));
         }
         let signal = if round.is_multiple_of(2) { SignalKind::Kill } else { SignalKind::Terminate };
-        self.ask(Signal { slot, signal }, Vec::new()).await.map(drop)
+        self.ask(Signal { tenancy, signal }, Vec::new()).await.map(drop)
     }
 
     /// The slots that have this name.
-    async fn listed(&self, label: &Label) -> Result<Vec<Slot>, Unanswered> {
-        Ok(self.inventory().await?.into_iter().filter(|vm| vm.label == *label).map(|vm| vm.slot).collect())
+    async fn listed(&self, label: &Label) -> Result<Vec<Tenancy>, Unanswered> {
+        Ok(self.inventory().await?.into_iter().filter(|vm| vm.label == *label).map(|vm| vm.tenancy()).collect())
     }
 
     /// The smallest VM, run by the stub, and the descriptors that go with it.

@@ -7,6 +7,7 @@
 //!   diarch-probe bind SOCKET             makes a socket
 //!   diarch-probe squat SOCKET UID        makes one and serves it as UID, without a word
 //!   diarch-probe reach ADDRESS PORT      opens a TCP connection
+//!   diarch-probe listen ADDRESS PORT     waits for some
 //!   diarch-probe calls                   makes system calls that do nothing, one in each process
 //!   diarch-probe jail DIRECTORY          what a VM's jail is made of: namespaces, a mount by descriptor, one by path
 //! ```
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         ["bind", socket] => serve(Path::new(socket)).map(|_| "bound".into()),
         ["squat", socket, uid] => squat(Path::new(socket), uid.parse().expect("a user id")),
         ["reach", address, port] => reach(address, port.parse().expect("a port")),
+        ["listen", address, port] => listen(address, port.parse().expect("a port")),
         ["calls"] => Ok(calls()),
         ["jail", directory] => Ok(jail(directory)),
         _ => {
@@ -128,6 +130,10 @@ fn reach(address: &str, port: u16) -> io::Result<String> {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok("no answer".into()),
         Err(error) => Err(error),
     }
+}
+
+fn listen(address: &str, port: u16) -> io::Result<String> {
+    std::net::TcpListener::bind((address, port)).map(|_| "bound".into())
 }
 
 // ---- system calls ----
@@ -288,17 +294,16 @@ const CALLS: &[Harmless] = &[
     call("personality", libc::SYS_personality, &[READ_IMPLIES_EXEC]),
     call("seccomp", libc::SYS_seccomp, &[ALL]),
     call("mmap writable and executable", libc::SYS_mmap, &[0, 4096, RWX, PRIVATE, NONE]),
-    call("mprotect executable", libc::SYS_mprotect, &[0, 0, libc::PROT_EXEC as c_long]),
     // sockets
     family("socket netlink", libc::AF_NETLINK),
     family("socket packet", libc::AF_PACKET),
     call("socket vsock", libc::SYS_socket, &[libc::AF_VSOCK as c_long, libc::SOCK_STREAM as c_long]),
-    call("socket alg", libc::SYS_socket, &[libc::AF_ALG as c_long, libc::SOCK_SEQPACKET as c_long]),
 ];
 
 /// A line for each: its name, and `ok` or the error.
 fn calls() -> String {
     let mut lines: Vec<String> = CALLS.iter().map(|call| format!("{}: {}", call.name, apart(|| make(call)))).collect();
+    lines.push(format!("mprotect executable: {}", apart(make_executable)));
     lines.push(format!("getpid of another ABI: {}", apart(other_abi)));
     lines.join("\n")
 }
@@ -333,6 +338,15 @@ fn make(call: &Harmless) -> c_int {
         unsafe { libc::_exit(0) };
     }
     if result < 0 { Errno::last_raw() } else { 0 }
+}
+
+/// What was written is to be run.
+fn make_executable() -> c_int {
+    let nowhere_in_particular = std::ptr::null_mut::<c_void>();
+    // SAFETY: a new page of memory, which nobody else knows.
+    let page = unsafe { libc::mmap(nowhere_in_particular, 4096, libc::PROT_READ | libc::PROT_WRITE, PRIVATE as c_int, -1, 0) };
+    // SAFETY: that page, or a refused address.
+    if unsafe { libc::mprotect(page, 4096, libc::PROT_READ | libc::PROT_EXEC) } < 0 { Errno::last_raw() } else { 0 }
 }
 
 /// getpid(2), as a program of 32 bits asks for it.

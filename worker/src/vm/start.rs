@@ -174,12 +174,10 @@ impl Vm {
             status.seen_starts = intent.starts;
         });
         let events = self.context.link.subscribe(record.slot);
-        let attached = self
-            .context
-            .link
-            .attach(record.tenancy())
-            .await
-            .and_then(|handles| Qemu::new(record.tenancy(), Origin::Adopted, spawned_ms, None, handles, events).map_err(|error| Error::io("adopt", &error)));
+        let attached =
+            self.context.link.attach(record.tenancy()).await.and_then(|handles| {
+                Qemu::new(record.tenancy(), Origin::Adopted, spawned_ms, None, handles, events).map_err(|error| Error::io("adopt", &error))
+            });
         match attached {
             Ok(qemu) => {
                 self.set(|status| status.reason = None);

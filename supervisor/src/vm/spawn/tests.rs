@@ -1,6 +1,6 @@
 use super::*;
 use diarch_ipc::Request;
-use diarch_ipc::name::{Cpus, Label, MiB, Port};
+use diarch_ipc::name::{Cpus, Label, MiB, Port, Tenancy};
 use diarch_ipc::operation::ExitStatus;
 
 fn grants() -> Grants {
@@ -17,7 +17,8 @@ fn ask() -> Spawn {
     Request::examples()
         .into_iter()
         .find_map(|request| match request {
-            Request::VmSpawn(spawn) => Some(spawn),
+            // Of the VM in slot 0; see `record`.
+            Request::VmSpawn(spawn) => Some(Spawn { tenancy: Tenancy { claim: id(0), ..spawn.tenancy }, ..spawn }),
             _ => None,
         })
         .unwrap()
