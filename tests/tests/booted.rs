@@ -2,7 +2,7 @@
 //! through all of it.
 
 use diarch_ipc::operation::Request;
-use diarch_tests::machine::{Machine, Process, SUPERVISOR, WORKER, vm_file_stub};
+use diarch_tests::machine::{Machine, Process, SUPERVISOR, WORKER, vm_file_guest, vm_file_stub};
 use diarch_tests::need;
 use diarch_tests::puppet::{self, Puppet};
 use diarch_worker::control::protocol::Phase;
@@ -274,6 +274,21 @@ fn what_systemd_does_to_itself_and_to_both_halves_leaves_the_vms_alone() {
     assert_eq!(machine.show("diarch-vm-0.scope", "MemoryMax"), ((16 << 20) + (16 << 20) / 64 + (256 << 20) + (16 << 20) + (1_u64 << 30)).to_string());
     assert_eq!(machine.show("diarch-vm-0.scope", "MemorySwapMax"), "0");
     assert_eq!(machine.show("diarch-vm-0.scope", "DevicePolicy"), "closed");
+}
+
+#[test]
+fn a_host_that_goes_down_powers_its_guests_off_and_has_them_back_at_the_next_boot() {
+    need!(Machine, Package, Guest, Qemu);
+    let mut machine = Machine::installed().vm(vm_file_guest("web", 8000)).boot();
+    machine.wait_healthy("web", Duration::from_secs(60));
+    machine.sh("mkdir -p /var/log/journal; journalctl --flush");
+    machine.reboot();
+    machine.wait_healthy("web", Duration::from_secs(60));
+    let before = machine.sh("journalctl --no-pager -o cat -b -1 -u diarch-worker.service -u 'diarch-vm-0.scope'");
+    assert!(before.contains("the host goes down: 1 VMs are brought down"), "{before}");
+    let console = machine.sh("cat /var/log/diarch/vms/web.* 2>/dev/null || true");
+    assert!(console.contains("Power down"), "the guest heard the power button:\n{console}");
+    assert!(!console.contains("terminating on signal"), "nobody ended its QEMU:\n{console}");
 }
 
 #[test]

@@ -29,8 +29,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
+mod closing;
 mod status;
 mod watchdog;
 
@@ -110,12 +111,17 @@ async fn serve(config: Config) -> Result<(), String> {
     tasks.spawn("the inventory's", keep_stock(Arc::clone(&worker)));
     tasks.spawn("the VM files' watcher's", watching);
     tasks.spawn("the status line's", status::keep(Arc::clone(&worker)));
+    let mut closing: Option<JoinHandle<()>> = None;
     let ended = loop {
         let reread = tokio::select! {
             biased;
             reason = &mut lost => break Err(("supervisor.gave-up", supervisor_lost(&reason.unwrap_or_else(|error| error.to_string())))),
             ended = tasks.ended() => break Err(("worker.broken", ended)),
-            _ = terminate.recv() => break Ok(()),
+            _ = terminate.recv() => {
+                closing.get_or_insert_with(|| tokio::spawn(closing::close(Arc::clone(&worker))));
+                continue;
+            }
+            _ = async { closing.as_mut().expect("looked at before").await }, if closing.is_some() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
             Some(ping) = pings.recv() => {
                 let _ = ping.send(());

@@ -41,6 +41,8 @@ trait Manager {
     fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<ListedUnit>>;
     #[zbus(property)]
     fn version(&self) -> zbus::Result<String>;
+    #[zbus(property)]
+    fn system_state(&self) -> zbus::Result<String>;
     #[zbus(signal)]
     fn job_removed(&self, id: u32, job: ObjectPath<'_>, unit: &str, result: &str) -> zbus::Result<()>;
 }
@@ -183,6 +185,12 @@ impl Systemd {
             };
         }
         Err(Trouble::Other("the bus went away before the restart had ended".into()))
+    }
+
+    /// Whether systemd is about to stop everything (`SystemState`, org.freedesktop.systemd1(5)). What it can't say is no.
+    pub async fn host_goes_down(&self) -> bool {
+        let asked = async { manager(&self.connect().await?).await?.system_state().await.map_err(Trouble::from) };
+        asked.await.is_ok_and(|state| state == "stopping")
     }
 
     /// Tries what the worker's user may do, without effect. What is not known `within` the time is told as not known.

@@ -65,6 +65,8 @@ struct State {
     vms: BTreeMap<Label, Handle>,
     /// Nothing is done before the supervisor's first inventory: it would be done twice.
     know_what_is: bool,
+    /// The host goes down: nothing is started any more.
+    closing: bool,
 }
 
 impl State {
@@ -261,7 +263,7 @@ impl Worker {
     fn reconcile(self: &Arc<Self>, found: Vec<Found>) {
         let held = {
             let mut state = self.state();
-            if !state.know_what_is {
+            if !state.know_what_is || state.closing {
                 return;
             }
             let observed: Vec<Observed> = state.vms.values().map(Handle::observed).chain(found.iter().map(Found::observed)).collect();
@@ -399,6 +401,9 @@ impl Worker {
             if !state.know_what_is {
                 return Err(failure(FailureKind::Unreachable, "the supervisor has not been reached yet, so that nothing can be started or stopped"));
             }
+            if state.closing && matches!(order, Order::Start | Order::Restart) {
+                return Err(failure(FailureKind::Conflict, "the host goes down: nothing is started any more"));
+            }
             let desired = state.files.vms.iter().find(|vm| vm.name == name).cloned();
             match order {
                 Order::Start | Order::Restart => {
@@ -457,6 +462,25 @@ impl Worker {
         };
         handle.intend(|intent| (intent.want, intent.why) = (want, why));
         Ok(Accepted { name: name.clone(), status: handle.status(), goal: Goal::Stopped })
+    }
+
+    /// The host goes down: all VMs are brought down, and none is started any more. How many that are.
+    pub fn close(&self) -> usize {
+        let mut state = self.state();
+        state.closing = true;
+        for handle in state.vms.values() {
+            handle.intend(|intent| {
+                if intent.want == Want::Run {
+                    (intent.want, intent.why) = (Want::Stop, "the host goes down".into());
+                }
+            });
+        }
+        state.vms.values().filter(|handle| !handle.status().borrow().at_rest).count()
+    }
+
+    /// VMs that are not at rest yet.
+    pub fn not_down(&self) -> Vec<String> {
+        self.state().vms.iter().filter(|(_, handle)| !handle.status().borrow().at_rest).map(|(name, _)| name.to_string()).collect()
     }
 
     // ---- what shows it ----

@@ -37,7 +37,7 @@ impl Slot {
         let until = Instant::now() + SLOT_PATIENCE;
         loop {
             for number in 0..SLOTS {
-                let path = format!("/run/lock/diarch-machine.{number}");
+                let path = format!("{LOCKS}/diarch-machine.{number}");
                 let mut options = fs::File::options();
                 // Anybody may make files in that directory: a link is not followed.
                 options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW);

@@ -56,8 +56,9 @@ impl Machine {
             worker_fds: fds(WORKER),
             mounts,
             links,
-            run_directory: below(&self.root().join("run/diarch"), |_| true),
-            cgroups: below(&self.cgroup(), |path| path.is_dir() && path.to_string_lossy().contains("diarch")),
+            run_directory: below(&self.root().join("run/diarch")),
+            // Of those that the kernel shows, the directories are the groups.
+            cgroups: below(&self.cgroup()).into_iter().filter(|path| path.contains("diarch") && self.cgroup().join(path).is_dir()).collect(),
         }
     }
 
@@ -91,7 +92,7 @@ fn mount_points(pid: i32) -> Vec<String> {
 }
 
 /// All paths below `dir`, relative and in order.
-fn below(dir: &Path, wanted: impl Fn(&Path) -> bool) -> Vec<String> {
+fn below(dir: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mut queue = vec![dir.to_owned()];
     while let Some(next) = queue.pop() {
@@ -101,9 +102,7 @@ fn below(dir: &Path, wanted: impl Fn(&Path) -> bool) -> Vec<String> {
             if entry.file_type().is_ok_and(|t| t.is_dir()) {
                 queue.push(path.clone());
             }
-            if wanted(&path) {
-                found.push(relative.to_string_lossy().into_owned());
-            }
+            found.push(relative.to_string_lossy().into_owned());
         }
     }
     found.sort();

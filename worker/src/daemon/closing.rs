@@ -1,0 +1,55 @@
+//! When systemd stops the worker because the whole host goes down: the guests are powered off first. (Otherwise VMs run on.)
+//!
+//! ```text
+//!   SIGTERM -> SystemState of systemd is "stopping"? --no, or can't say--> the worker ends
+//!                 | yes
+//!                 v
+//!   every VM is brought down as by `diarch vm stop`, all at once, and not held: the next boot starts it again
+//!   meanwhile: nothing is started, systemd is asked for more time, the watchdog is fed
+//! ```
+//!
+//! A VM's scope is ordered before the worker's unit, so that systemd does not end it meanwhile.
+
+use super::status;
+use crate::systemd::Systemd;
+use crate::worker::Worker;
+use sd_notify::NotifyState;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, sleep, timeout};
+
+/// For systemd's answer; a bus that hangs must not make each restart slow.
+const ANSWER: Duration = Duration::from_millis(500);
+/// The longest way down of a VM (power button, quit, kill) and some room.
+const ALL_DOWN: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(100);
+/// Asked for again long before it is over (`EXTEND_TIMEOUT_USEC=`, sd_notify(3)).
+const MORE_TIME: Duration = Duration::from_secs(10);
+
+/// Ends when the worker may.
+pub async fn close(worker: Arc<Worker>) {
+    if !timeout(ANSWER, Systemd::default().host_goes_down()).await.unwrap_or(false) {
+        return;
+    }
+    let running = worker.close();
+    worker.journal.note(None, "host.stopping", format!("the host goes down: {running} VMs are brought down"));
+    let until = Instant::now() + ALL_DOWN;
+    let mut asked = None;
+    loop {
+        let left = worker.not_down();
+        if left.is_empty() {
+            return;
+        }
+        if Instant::now() >= until {
+            worker.journal.warn("host.stopping", format!("not down within {} s, and left to systemd: {}", ALL_DOWN.as_secs(), left.join(", ")));
+            return;
+        }
+        if asked.is_none_or(|at: Instant| at.elapsed() >= MORE_TIME / 4) {
+            asked = Some(Instant::now());
+            let more = u32::try_from(MORE_TIME.as_micros()).unwrap_or(u32::MAX);
+            let _ = sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(more)]);
+            status::tell(&format!("the host goes down: waiting for {}", left.join(", ")));
+        }
+        sleep(LOOK).await;
+    }
+}
