@@ -24,7 +24,7 @@ pub enum Need {
 
 impl Need {
     /// What is missing, and how to get it; `None` when it is there.
-    fn missing(self) -> Option<String> {
+    pub fn missing(self) -> Option<String> {
         match self {
             Need::Root => (!rustix::process::geteuid().is_root()).then(|| "root (run it with sudo)".into()),
             Need::Qemu => qemu().is_none().then(|| "qemu-system-x86_64 (apt install qemu-system-x86)".into()),

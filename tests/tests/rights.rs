@@ -159,7 +159,9 @@ impl std::fmt::Display for Attempt {
 impl Attempt {
     /// For want of a right, and for nothing else that would make it fail by chance.
     fn was_refused(&self) -> bool {
-        let because = ["Interactive authentication required", "Access denied", "Permission denied", "Operation not permitted"];
+        // The last one is said to root as well: of no unit of ours is the cgroup anybody else's.
+        let because =
+            ["Interactive authentication required", "Access denied", "Permission denied", "Operation not permitted", "not available on non-delegated units"];
         self.code != 0 && because.iter().any(|reason| self.said.contains(reason))
     }
     /// systemd would not even look for such a unit.
@@ -170,13 +172,15 @@ impl Attempt {
 
 /// Who tries, and from where.
 #[derive(Debug, Clone, Copy)]
-enum From<'a> {
-    NoUnit(&'a str),
-    Unit(&'a str),
+enum Who<'a> {
+    /// A user outside every unit.
+    Shell(&'a str),
+    /// A service of this user's.
+    Service(&'a str),
 }
 
 /// Tries each line; a line that hangs is an answer too.
-fn attempt(machine: &Machine, from: From<'_>, lines: &[String]) -> Vec<Attempt> {
+fn attempt(machine: &Machine, who: Who<'_>, lines: &[String]) -> Vec<Attempt> {
     let pid = |process: Option<Process>| process.map_or(0, |process| process.pid);
     let mut script = format!(
         "systemctl() {{ command systemctl --no-ask-password --no-pager \"$@\"; }}\n\
@@ -191,9 +195,9 @@ fn attempt(machine: &Machine, from: From<'_>, lines: &[String]) -> Vec<Attempt> 
     }
     machine.write("/run/attempts", &script);
     let argv = ["/bin/bash", "/run/attempts"];
-    let output = match from {
-        From::NoUnit(user) => machine.run(&[&["runuser", "-u", user, "--"], &argv[..]].concat()),
-        From::Unit(user) => machine.in_unit("attempts.service", &[&format!("User={user}")], &argv),
+    let output = match who {
+        Who::Shell(user) => machine.run(&[&["runuser", "-u", user, "--"], &argv[..]].concat()),
+        Who::Service(user) => machine.in_unit("attempts.service", &[&format!("User={user}")], &argv),
     };
     let said = output.expect_success("the attempts").stdout;
     let answers: Vec<(&str, &str)> = said.lines().filter_map(|line| line.split_once('\t')).collect();
@@ -222,12 +226,11 @@ fn standing(machine: &Machine) -> Vec<String> {
 }
 
 #[track_caller]
-fn assert_all_refused(machine: &Machine, from: From<'_>, lines: &[String]) {
+fn assert_all_refused(machine: &Machine, who: Who<'_>, lines: &[String]) {
     let before = standing(machine);
-    for attempt in attempt(machine, from, lines) {
-        assert!(attempt.was_refused(), "{from:?}: {attempt}");
-    }
-    assert_eq!(standing(machine), before, "{from:?} was refused everything, and something is different");
+    let granted: Vec<String> = attempt(machine, who, lines).iter().filter(|tried| !tried.was_refused()).map(Attempt::to_string).collect();
+    assert!(granted.is_empty(), "{who:?}, not refused for want of a right:\n{}", granted.join("\n"));
+    assert_eq!(standing(machine), before, "{who:?} was refused everything, and something is different");
 }
 
 /// A machine with a VM, as something to lose.
@@ -246,22 +249,22 @@ fn the_workers_user_may_restart_the_supervisor_and_do_nothing_else() {
     let (worker, vms) = (machine.main_process(WORKER), machine.qemus());
     // One line restarts the supervisor first, to see that a right does not rub off on the unit named beside it.
     let alone: Vec<String> = lines(REFUSED).into_iter().filter(|line| !line.contains("&&")).collect();
-    for from in [From::NoUnit("diarch"), From::Unit("diarch")] {
-        assert_all_refused(&machine, from, &alone);
+    for who in [Who::Shell("diarch"), Who::Service("diarch")] {
+        assert_all_refused(&machine, who, &alone);
         for line in RESTARTS {
             let before = machine.main_process(SUPERVISOR);
-            let tried = attempt(&machine, from, &lines(&[line]));
-            assert_eq!(tried[0].code, 0, "{from:?}: {}", tried[0]);
+            let tried = attempt(&machine, who, &lines(&[line]));
+            assert_eq!(tried[0].code, 0, "{who:?}: {}", tried[0]);
             let another = || machine.main_process(SUPERVISOR).filter(|now| Some(*now) != before);
             machine.wait_for("another supervisor", SOON, another);
             machine.wait_active(SUPERVISOR, SOON);
         }
-        for tried in attempt(&machine, from, &lines(&["systemctl restart diarch-supervisor.service diarch-worker.service"])) {
+        for tried in attempt(&machine, who, &lines(&["systemctl restart diarch-supervisor.service diarch-worker.service"])) {
             assert!(tried.was_refused(), "{tried}");
         }
         machine.wait_active(SUPERVISOR, SOON);
         let before = standing(&machine);
-        for tried in attempt(&machine, from, &NEAR.iter().map(|name| restart_by_name(name)).collect::<Vec<_>>()) {
+        for tried in attempt(&machine, who, &NEAR.iter().map(|name| restart_by_name(name)).collect::<Vec<_>>()) {
             assert!(tried.was_refused() || tried.was_no_name(), "{tried}");
         }
         assert_eq!(standing(&machine), before);
@@ -275,78 +278,112 @@ fn other_users_may_not_even_restart_it() {
     let machine = with_a_vm();
     machine.sh("useradd somebody; useradd -G diarch-operators deputy; useradd -G diarch,adm member");
     let all: Vec<String> = [REFUSED, RESTARTS].concat().iter().map(|line| (*line).to_owned()).collect();
-    assert_all_refused(&machine, From::NoUnit("nobody"), &all);
-    assert_all_refused(&machine, From::NoUnit("somebody"), &all);
+    assert_all_refused(&machine, Who::Shell("nobody"), &all);
+    assert_all_refused(&machine, Who::Shell("somebody"), &all);
     // In the worker's group and in that of who reads logs: those may read the audit, and know where the supervisor's cgroup is.
     let readable = |line: &&String| *line != "cat /var/log/diarch/audit.jsonl";
-    assert_all_refused(&machine, From::NoUnit("member"), &all.iter().filter(readable).cloned().collect::<Vec<_>>());
+    assert_all_refused(&machine, Who::Shell("member"), &all.iter().filter(readable).cloned().collect::<Vec<_>>());
     // An operator rules VMs through the worker, and nothing by systemd.
-    assert_all_refused(&machine, From::Unit("deputy"), &all);
+    assert_all_refused(&machine, Who::Service("deputy"), &all);
     let listed = machine.as_user("deputy", "diarch vm list").expect_success("an operator's own right").stdout;
     assert!(listed.contains('a'), "{listed}");
 }
 
-/// The methods of systemd's manager that answer everybody; most only read. The others ask polkit, and the one that has a rule is the last.
-const OPEN_TO_ALL: &[&str] = &["Get", "List", "Lookup", "Dump", "Load", "Subscribe", "Unsubscribe"];
+/// The methods that answer everybody: they read, or give back what the caller holds.
+const OPEN_TO_ALL: &[&str] = &["Get", "List", "Lookup", "Dump", "Load", "Subscribe", "Unsubscribe", "Unref"];
+
+/// Arguments of the methods that look at them before they ask polkit; `$job` waits for another one.
+const ARGUMENTS: &[(&str, &str)] = &[
+    ("AttachProcesses", "/ 1 1"),
+    ("AttachProcessesToUnit", "diarch-supervisor.service / 1 1"),
+    ("BindMount", "/etc /mnt false false"),
+    ("BindMountUnit", "diarch-supervisor.service /etc /mnt false false"),
+    ("CancelJob", "$job"),
+    ("EnqueueJob", "stop replace"),
+    ("Kill", "all 9"),
+    ("KillUnit", "diarch-supervisor.service all 9"),
+    ("MountImage", "/etc /mnt false false 0"),
+    ("MountImageUnit", "diarch-supervisor.service /etc /mnt false false 0"),
+    ("PresetAllUnitFiles", "full false false"),
+    ("PresetUnitFilesWithMode", "1 diarch-supervisor.service full false false"),
+    ("QueueSignal", "all 40 1"),
+    ("QueueSignalUnit", "diarch-supervisor.service all 40 1"),
+    ("SetEnvironment", "1 A=b"),
+    ("StartUnitReplace", "waits.service diarch-supervisor.service replace"),
+    ("UnsetAndSetEnvironment", "1 A 1 A=b"),
+    ("UnsetEnvironment", "1 PATH"),
+];
+
+/// Two jobs of which one waits for the other, in the machine's queue.
+fn queue_jobs(machine: &Machine) {
+    machine.write("/run/systemd/system/slow.service", "[Service]\nType=oneshot\nExecStart=sleep 300\n");
+    machine.write("/run/systemd/system/waits.service", "[Unit]\nAfter=slow.service\n[Service]\nType=oneshot\nExecStart=true\n");
+    machine.sh("systemctl daemon-reload; systemctl start --no-block slow.service waits.service");
+}
 
 #[test]
 fn no_method_of_systemds_manager_does_anything_for_the_workers_user() {
     need!(Machine, Package);
     let machine = with_a_vm();
+    queue_jobs(&machine);
+    let job = machine.sh("systemctl list-jobs --no-legend waits.service | cut -d' ' -f1");
     let unit = "/org/freedesktop/systemd1/unit/diarch_2dsupervisor_2eservice";
-    let mut tried = 0;
+    let mut calls = Vec::new();
+    // Of each the method that the rule is for.
     for (object, interface, allowed) in [
         ("/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", "RestartUnit"),
         (unit, "org.freedesktop.systemd1.Unit", "Restart"),
         (unit, "org.freedesktop.systemd1.Service", ""),
     ] {
         let described = machine.sh(&format!("busctl --no-pager --no-legend introspect org.freedesktop.systemd1 {object} {interface}"));
-        let methods = described.lines().filter_map(|line| {
+        for line in described.lines() {
             let mut words = line.split_whitespace();
-            let (name, kind, signature) = (words.next()?.strip_prefix('.')?, words.next()?, words.next()?);
-            (kind == "method" && name != allowed && !OPEN_TO_ALL.iter().any(|open| name.starts_with(open))).then_some((name.to_owned(), signature.to_owned()))
-        });
-        let calls: Vec<String> =
-            methods.map(|(name, signature)| format!("busctl call org.freedesktop.systemd1 {object} {interface} {name} {}", arguments(&signature))).collect();
-        assert_all_refused(&machine, From::NoUnit("diarch"), &calls);
-        tried += calls.len();
-    }
-    assert!(tried > 70, "systemd 257 has 80 of them: {tried}");
-}
-
-/// Arguments of this signature that could do harm: each name is the supervisor's.
-fn arguments(signature: &str) -> String {
-    if signature == "-" {
-        return String::new();
-    }
-    let mut words = format!("'{signature}'");
-    let mut rest = signature;
-    while let Some(kind) = rest.chars().next() {
-        let (word, length) = match kind {
-            // An array of names has one; of what else, none.
-            'a' if rest.starts_with("as") => (" 1 diarch-supervisor.service", 2),
-            'a' => (" 0", 1 + rest[1..].find(|c| c != 'a').map_or(0, |at| 1 + at + bracket(&rest[1 + at..]))),
-            's' => (" diarch-supervisor.service", 1),
-            'b' => (" false", 1),
-            // A process of another user's, a signal, a job.
-            _ => (" 1", 1),
-        };
-        words += word;
-        rest = &rest[length..];
-    }
-    words
-}
-
-/// How much longer than one letter the first type of `types` is.
-fn bracket(types: &str) -> usize {
-    let mut depth = 0;
-    for (at, c) in types.char_indices() {
-        depth += i32::from(c == '(') - i32::from(c == ')');
-        if depth == 0 {
-            return at;
+            let (Some(name), Some("method"), Some(signature)) = (words.next().and_then(|name| name.strip_prefix('.')), words.next(), words.next()) else {
+                continue;
+            };
+            if name == allowed || OPEN_TO_ALL.iter().any(|open| name.starts_with(open)) {
+                continue;
+            }
+            let first = if interface.ends_with("Manager") { "diarch-supervisor.service" } else { "replace" };
+            let given = ARGUMENTS.iter().find(|(of, _)| *of == name).map_or_else(|| arguments(signature, first), |(_, given)| (*given).to_owned());
+            let signature = if signature == "-" { String::new() } else { format!("'{signature}'") };
+            calls.push(format!("job={job}; busctl call org.freedesktop.systemd1 {object} {interface} {name} {signature} {given}"));
         }
     }
-    0
+    assert!(calls.len() > 70, "systemd 257 has some 100 of them: {}", calls.len());
+    assert_all_refused(&machine, Who::Shell("diarch"), &calls);
+}
+
+/// Arguments of this signature that could do harm: `first` for the first text, and the mode of a job for the others.
+fn arguments(signature: &str, first: &str) -> String {
+    let mut words = Vec::new();
+    let mut rest = signature.trim_matches('-');
+    while let Some(kind) = rest.chars().next() {
+        let (word, length) = match kind {
+            'a' if rest.starts_with("as") => ("1 diarch-supervisor.service", 2),
+            // Of other arrays, none.
+            'a' => ("0", 1 + length_of_type(&rest[1..])),
+            's' if words.is_empty() => (first, 1),
+            's' => ("replace", 1),
+            'b' => ("false", 1),
+            _ => ("1", 1),
+        };
+        words.push(word);
+        rest = &rest[length..];
+    }
+    words.join(" ")
+}
+
+/// The letters of the first type of a signature, as the D-Bus specification has it.
+fn length_of_type(signature: &str) -> usize {
+    let mut depth = 0;
+    for (at, c) in signature.char_indices() {
+        depth += i32::from(c == '(') - i32::from(c == ')');
+        if depth == 0 && c != 'a' {
+            return at + 1;
+        }
+    }
+    signature.len()
 }
 
 #[test]
@@ -354,12 +391,10 @@ fn the_rule_can_not_see_a_jobs_mode_so_a_restart_can_cancel_jobs_that_wait() {
     need!(Machine, Package);
     // systemd 257 tells polkit the unit and the verb, and not the mode. One mode, "flush", cancels what waits in the queue: known, and no way to a right.
     let machine = with_a_vm();
-    machine.write("/run/systemd/system/slow.service", "[Service]\nType=oneshot\nExecStart=sleep 60\n");
-    machine.write("/run/systemd/system/waits.service", "[Unit]\nAfter=slow.service\n[Service]\nType=oneshot\nExecStart=true\n");
-    machine.sh("systemctl daemon-reload; systemctl start --no-block slow.service waits.service");
+    queue_jobs(&machine);
     let jobs = || machine.sh("systemctl list-jobs --no-legend waits.service");
     assert!(jobs().contains("waiting"), "{}", jobs());
-    let tried = attempt(&machine, From::NoUnit("diarch"), &[restart_by_name("diarch-supervisor.service").replace("replace", "flush")]);
+    let tried = attempt(&machine, Who::Shell("diarch"), &[restart_by_name("diarch-supervisor.service").replace("replace", "flush")]);
     assert_eq!(tried[0].code, 0, "{}", tried[0]);
     machine.wait_active(SUPERVISOR, SOON);
     assert_eq!(jobs(), "", "if it waits still, systemd has changed: is the mode in the rule's sight now?");
@@ -442,15 +477,17 @@ fn the_workers_user_outside_the_workers_unit_is_nobody() {
     assert_refused_by("worker.unit", "root in no unit", &machine.sh(&format!("{PROBE} hello {SOCKET}")));
     // Who is in the worker's group gets to the door, and not through it; to others there is no door. A VM is one of them.
     assert_refused_by("worker.user", "a member of the group", &hello_from(&machine, "member.service", &["User=member"]));
-    for user in ["nobody", "deputy", &vm] {
+    for user in ["nobody", "deputy"] {
         assert_eq!(hello_from(&machine, "other.service", &[&format!("User={user}")]), "EACCES", "{user}");
     }
+    let as_the_vm = machine.run(&["setpriv", "--reuid", &vm, "--regid", &vm, "--clear-groups", PROBE, "hello", SOCKET]);
+    assert_eq!(as_the_vm.stdout.trim(), "EACCES", "the user of a VM");
 
     let journal = machine.journal(SUPERVISOR);
     let audit = machine.read("/var/log/diarch/audit.jsonl");
     for of in [&journal, &audit] {
         for said in ["the peer is in evil.service, and the worker in diarch-worker.service", "the peer is in delegated.service", "the peer's uid is 0, and"] {
-            assert!(of.lines().any(|line| line.contains("connection refused: denied by worker.") || line.contains(said)), "{said}:\n{of}");
+            assert!(of.lines().any(|line| line.contains("connection refused") && line.contains(said)), "{said}:\n{of}");
         }
     }
     machine.diarch(&["audit", "verify"]).expect_success("the audit");
@@ -974,4 +1011,19 @@ fn neither_half_reaches_the_network_and_the_worker_only_its_own_hosts_ports() {
     let listen = format!("{PROBE} listen 127.0.0.1 7777");
     assert_eq!(machine.as_user("diarch", &listen).stdout.trim(), "bound");
     assert_eq!(in_twin(&machine, WORKER, "", &listen), "EPERM");
+}
+#[test]
+#[ignore]
+fn explore() {
+    need!(Machine, Package);
+    let machine = with_a_vm();
+    machine.write("/run/systemd/system/stops.service", "[Unit]\nAfter=dbus.service dbus.socket polkit.service\n[Service]\nExecStart=sleep infinity\nExecStop=sleep 8\n");
+    machine.sh("systemctl daemon-reload; systemctl start stops.service");
+    machine.run(&["systemctl", "poweroff", "--no-block"]);
+    std::thread::sleep(Duration::from_millis(300));
+    for _ in 0..6 {
+        println!("{:?}", machine.run(&["sh", "-c", "systemctl list-jobs --no-legend | wc -l"]));
+        println!("{:?}", machine.as_user("diarch", &restart_by_name("diarch-supervisor.service").replace("replace", "flush")));
+        std::thread::sleep(Duration::from_millis(1000));
+    }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -37,9 +37,9 @@ impl Slot {
         let until = Instant::now() + SLOT_PATIENCE;
         loop {
             for number in 0..SLOTS {
-                let path = format!("{LOCKS}/diarch-machine.{number}");
+                let path = format!("/run/lock/diarch-machine.{number}");
                 let mut options = fs::File::options();
-                // Anybody may make files in that directory: a link is not followed.
+                // Anybody may make files in that directory: a link is not followed. (/run/lock is in every Debian, also without systemd.)
                 options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW);
                 let lock = options.open(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
                 if lock.try_lock().is_ok() {
@@ -67,6 +67,8 @@ pub struct Boot {
 pub struct Guard {
     pub dir: PathBuf,
     pub cgroup: PathBuf,
+    /// Open, since the guard removes it at its end, which may be what it tells about.
+    console: fs::File,
     process: OwnedFd,
     notify: UnixDatagram,
     messages: Mutex<mpsc::Receiver<String>>,
@@ -77,7 +79,7 @@ impl Guard {
     /// Starts it. `dir` is the machine's own directory, and the guard's to remove.
     pub fn start(tree: &Path, dir: PathBuf, boot: &Boot) -> Guard {
         let notify = UnixDatagram::bind(dir.join("notify")).expect("a notify socket");
-        let console = fs::File::create(dir.join("console")).expect("a console log");
+        let console = fs::File::options().read(true).append(true).create(true).open(dir.join("console")).expect("a console log");
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM", "/bin/bash", concat!(env!("CARGO_MANIFEST_DIR"), "/debian/boot")]);
         command.arg(tree.join("tree")).arg(&dir);
@@ -88,7 +90,7 @@ impl Guard {
         }
         command.args(["--seconds", &boot.limit.as_secs().to_string(), "--"]).args(&boot.nspawn);
         command.env_clear().env("NOTIFY_SOCKET", dir.join("notify")).current_dir("/");
-        command.stdin(Stdio::null()).stdout(console.try_clone().expect("dup")).stderr(console);
+        command.stdin(Stdio::null()).stdout(console.try_clone().expect("dup")).stderr(console.try_clone().expect("dup"));
         // The kernel sends the parent-death signal when the *thread* that forked ends: a test's own may end before the machine does.
         let (to, from) = mpsc::channel();
         let thread = std::thread::Builder::new().name("machine".into()).spawn(move || {
@@ -104,11 +106,13 @@ impl Guard {
         };
         let cgroup = hierarchy().expect("need!(Machine) comes first").join(format!("diarch-machine-{pid}"));
         let messages = Mutex::new(listen(&notify));
-        Guard { dir, cgroup, process, notify, messages, thread: Some(thread) }
+        Guard { dir, cgroup, console, process, notify, messages, thread: Some(thread) }
     }
 
     pub fn console(&self) -> String {
-        String::from_utf8_lossy(&fs::read(self.dir.join("console")).unwrap_or_default()).into_owned()
+        let mut bytes = vec![0; self.console.metadata().map_or(0, |meta| usize::try_from(meta.len()).unwrap_or(0))];
+        let read = self.console.read_at(&mut bytes, 0).unwrap_or(0);
+        String::from_utf8_lossy(&bytes[..read]).into_owned()
     }
 
     /// Waits for the machine's PID 1: its process id here.

@@ -3,6 +3,7 @@
 //! One JSON object a line on standard output: `{"name","value","unit","baseline","ratio"}`, medians. `ratio` is value / baseline; where there is a
 //! limit and no baseline, `baseline` is that limit. What it is doing goes to standard error.
 
+mod booted;
 mod death;
 mod footprint;
 mod rpc;
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
             ("--guest", Some(dir)) => set_guest(&PathBuf::from(dir)),
             ("--only", Some(name)) => only.push(name),
             _ => {
-                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|death|footprint]...");
+                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|death|footprint|booted]...");
                 return ExitCode::from(2);
             }
         }
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     type Part = (&'static str, fn());
-    let parts: [Part; 4] = [("rpc", rpc::run), ("start", start::run), ("death", death::run), ("footprint", footprint::run)];
+    let parts: [Part; 5] = [("rpc", rpc::run), ("start", start::run), ("death", death::run), ("footprint", footprint::run), ("booted", booted::run)];
     for (name, part) in parts {
         if only.is_empty() || only.iter().any(|o| o == name) {
             eprintln!("bench: {name} ...");
