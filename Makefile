@@ -1,6 +1,8 @@
 # `make help` lists what there is. Runs as root or as an ordinary user: then only what needs root goes through sudo.
 
 GUEST  := $(CURDIR)/.cache/guest
+# The Debian that tests boot, with a systemd of its own.
+TREE   := $(CURDIR)/.cache/debian13
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Leads to the package of this version.
 DEB    := $(abspath $(TARGET))/diarch.deb
@@ -13,14 +15,14 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -E)
 
-.PHONY: help all build deb demo test test-fast bench lint guest docs clean prerequisites
+.PHONY: help all build deb demo test test-fast bench lint guest tree docs clean prerequisites
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ' *:.*## ' '/^[a-z -]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 # One check per run, for all goals together. (An order-only prerequisite of the rest, so that it comes first under -j too.)
-NEEDS := $(sort build $(filter demo deb,$(MAKECMDGOALS)) $(if $(filter test guest bench,$(MAKECMDGOALS)),test))
+NEEDS := $(sort build $(filter demo deb,$(MAKECMDGOALS)) $(if $(filter test guest tree bench,$(MAKECMDGOALS)),test))
 prerequisites:
 	@scripts/prerequisites $(NEEDS)
 
@@ -36,16 +38,16 @@ demo: build guest ## a VM that survives the death of each half, before your eyes
 # Tests are built as the user who runs make, and only the test executables run as root: no root-owned files in target/,
 # and root needs no cargo. cargo takes the runner from the environment; it is empty, thus none, for root.
 # All binaries are built first, as tests start those of other crates.
-test: lint guest deb ## everything: style, unit tests, and real VMs (needs root)
+test: lint guest tree deb ## everything: style, unit tests, and real VMs (needs root)
 	cargo build --workspace --all-targets --locked
-	$(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)') DIARCH_GUEST=$(GUEST) \
+	$(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)') DIARCH_GUEST=$(GUEST) DIARCH_TREE=$(TREE) \
 		DIARCH_DEB=$(DEB) cargo test --workspace --locked --no-fail-fast
 
 test-fast: | prerequisites ## the tests that need no root, no QEMU and no guest
 	DIARCH_TEST_FAST=1 cargo test --workspace --locked
 
-bench: build guest deb ## how long each step of a VM's life takes (needs root)
-	DIARCH_DEB=$(DEB) $(SUDO) $(TARGET)/release/diarch-bench --guest $(GUEST)
+bench: build guest tree deb ## how long each step of a VM's life takes (needs root)
+	DIARCH_DEB=$(DEB) DIARCH_TREE=$(TREE) $(SUDO) $(TARGET)/release/diarch-bench --guest $(GUEST)
 
 # Both are components that a Rust toolchain may come without. In CI (CI=true) a skip is a failure.
 lint: | prerequisites ## rustfmt and clippy
@@ -57,10 +59,14 @@ lint: | prerequisites ## rustfmt and clippy
 guest: | prerequisites ## the virtual machine that tests and demo run, in .cache/guest
 	@tests/guest/build $(GUEST)
 
+tree: | prerequisites ## the Debian that tests boot, in .cache/debian13
+	@$(SUDO) tests/debian/build $(TREE)
+
 docs: build ## docs/OPERATIONS.md, from the table in the program
 	$(TARGET)/release/diarch-supervisor operations --format markdown >docs/OPERATIONS.md.new
 	mv docs/OPERATIONS.md.new docs/OPERATIONS.md
 
+# The tree in .cache is root's.
 clean: ## remove what was built, the guest too
 	cargo clean
-	rm -rf .cache
+	$(SUDO) rm -rf .cache

@@ -1012,18 +1012,3 @@ fn neither_half_reaches_the_network_and_the_worker_only_its_own_hosts_ports() {
     assert_eq!(machine.as_user("diarch", &listen).stdout.trim(), "bound");
     assert_eq!(in_twin(&machine, WORKER, "", &listen), "EPERM");
 }
-#[test]
-#[ignore]
-fn explore() {
-    need!(Machine, Package);
-    let machine = with_a_vm();
-    machine.write("/run/systemd/system/stops.service", "[Unit]\nAfter=dbus.service dbus.socket polkit.service\n[Service]\nExecStart=sleep infinity\nExecStop=sleep 8\n");
-    machine.sh("systemctl daemon-reload; systemctl start stops.service");
-    machine.run(&["systemctl", "poweroff", "--no-block"]);
-    std::thread::sleep(Duration::from_millis(300));
-    for _ in 0..6 {
-        println!("{:?}", machine.run(&["sh", "-c", "systemctl list-jobs --no-legend | wc -l"]));
-        println!("{:?}", machine.as_user("diarch", &restart_by_name("diarch-supervisor.service").replace("replace", "flush")));
-        std::thread::sleep(Duration::from_millis(1000));
-    }
-}

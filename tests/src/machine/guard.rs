@@ -2,7 +2,7 @@
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -91,6 +91,7 @@ impl Guard {
         command.args(["--seconds", &boot.limit.as_secs().to_string(), "--"]).args(&boot.nspawn);
         command.env_clear().env("NOTIFY_SOCKET", dir.join("notify")).current_dir("/");
         command.stdin(Stdio::null()).stdout(console.try_clone().expect("dup")).stderr(console.try_clone().expect("dup"));
+        let mut last_words = console.try_clone().expect("dup");
         // The kernel sends the parent-death signal when the *thread* that forked ends: a test's own may end before the machine does.
         let (to, from) = mpsc::channel();
         let thread = std::thread::Builder::new().name("machine".into()).spawn(move || {
@@ -98,7 +99,10 @@ impl Guard {
             // Not waited for yet, so that the number is still its own.
             let pid = rustix::process::Pid::from_child(&child);
             let _ = to.send((pid, pidfd_open(pid, PidfdFlags::empty())?));
-            child.wait()
+            let status = child.wait()?;
+            // For whoever asks why there is no machine.
+            let _ = writeln!(last_words, "tests/debian/boot ended: {status}");
+            Ok(status)
         });
         let thread = thread.expect("a thread");
         let Ok((pid, process)) = from.recv() else {
