@@ -297,7 +297,6 @@ const CALLS: &[Harmless] = &[
     // sockets
     family("socket netlink", libc::AF_NETLINK),
     family("socket packet", libc::AF_PACKET),
-    call("socket vsock", libc::SYS_socket, &[libc::AF_VSOCK as c_long, libc::SOCK_STREAM as c_long]),
 ];
 
 /// A line for each: its name, and `ok` or the error.
