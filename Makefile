@@ -37,11 +37,12 @@ demo: build guest ## a VM that survives the death of each half, before your eyes
 
 # Tests are built as the user who runs make, and only the test executables run as root: no root-owned files in target/,
 # and root needs no cargo. cargo takes the runner from the environment; it is empty, thus none, for root.
-# All binaries are built first, as tests start those of other crates.
+# All binaries are built first, as tests start those of other crates. Last, the package is built a second time elsewhere: it must be the same bytes.
 test: lint guest tree deb ## everything: style, unit tests, and real VMs (needs root)
 	cargo build --workspace --all-targets --locked
 	$(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)') DIARCH_GUEST=$(GUEST) DIARCH_TREE=$(TREE) \
 		DIARCH_DEB=$(DEB) cargo test --workspace --locked --no-fail-fast
+	scripts/reproducible
 
 test-fast: | prerequisites ## the tests that need no root, no QEMU and no guest
 	DIARCH_TEST_FAST=1 cargo test --workspace --locked
