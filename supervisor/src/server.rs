@@ -311,3 +311,30 @@ impl Supervisor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_knock_is_heard_when_somebody_accepts_and_not_when_the_socket_only_queues_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let door = directory.path().join("door.sock");
+        let socket = crate::listen::own(&door, rustix::process::getegid().as_raw()).unwrap();
+        assert_eq!(crate::listen::path(&socket).unwrap(), door);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let waiting = tokio::time::timeout(Duration::from_millis(50), knock(&door)).await;
+            assert!(waiting.is_err(), "connect(2) alone proves nothing: {waiting:?}");
+            let listener = crate::listen::listener(socket).unwrap();
+            let accepting = async {
+                // The knock from above, whose end has gone, and the one from below.
+                drop(listener.accept().await.unwrap());
+                drop(listener.accept().await.unwrap());
+            };
+            let (heard, ()) = tokio::join!(knock(&door), accepting);
+            heard.unwrap();
+        });
+        assert!(runtime.block_on(knock(&directory.path().join("none.sock"))).is_err());
+    }
+}
