@@ -71,7 +71,10 @@ fn each_broken_thing_is_told_with_its_fix() {
     machine.sh(&format!("mv {rule} /root/rule"));
     tried("fail", "50-diarch.rules");
     // A rule that lets it do more is worse than none.
-    machine.write("/etc/polkit-1/rules.d/10-wide.rules", "polkit.addRule(function(action, subject) { if (subject.user == 'diarch') return polkit.Result.YES; });\n");
+    machine.write(
+        "/etc/polkit-1/rules.d/10-wide.rules",
+        "polkit.addRule(function(action, subject) { if (subject.user == 'diarch') return polkit.Result.YES; });\n",
+    );
     tried("fail", "more");
     machine.sh(&format!("rm /etc/polkit-1/rules.d/10-wide.rules; mv /root/rule {rule}"));
     tried("ok", "restart");
