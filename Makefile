@@ -68,6 +68,6 @@ docs: build ## docs/OPERATIONS.md, from the table in the program
 	mv docs/OPERATIONS.md.new docs/OPERATIONS.md
 
 # The tree in .cache is root's.
-clean: ## remove what was built, the guest too
+clean: ## remove what was built, the guest and the tests' Debian too
 	cargo clean
 	$(SUDO) rm -rf .cache

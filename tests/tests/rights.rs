@@ -103,6 +103,9 @@ const REFUSED: &[&str] = &[
     "systemctl halt",
     "systemctl soft-reboot",
     "systemctl exit 3",
+    // What logind lets every other user do: a service manager of one's own, outside the worker's unit.
+    "loginctl enable-linger",
+    "busctl call org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager SetUserLinger ubb $(id -u) true true",
     // Without systemd.
     "kill -KILL $supervisor",
     "kill -STOP $supervisor",
@@ -610,7 +613,7 @@ fn exposure(machine: &Machine, unit: &str) -> f64 {
     sum.and_then(|(_, sum)| sum.split_whitespace().next()?.parse().ok()).unwrap_or_else(|| panic!("no sum:\n{report}"))
 }
 
-/// What the rest of the design's operations will need (docs/DESIGN.md, the table): mounts and namespaces, taps and nftables, privileged ports, other users'
+/// What the rest of the design's operations will need (VFIO, taps, forwards, mounts, jails): mounts and namespaces, taps and nftables, privileged ports, other users'
 /// files and sockets, limits of locked memory, a jail's root.
 const LATER: &str = "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_NET_BIND_SERVICE CAP_DAC_OVERRIDE CAP_CHOWN CAP_FOWNER CAP_SYS_RESOURCE CAP_SYS_CHROOT CAP_IPC_LOCK";
 

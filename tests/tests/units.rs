@@ -309,7 +309,7 @@ fn polkit_says_yes_once_to_one_user_one_unit_and_one_verb() {
             "subject.user === \"diarch\") {",
             "return polkit.Result.YES;",
             "}",
-            "return polkit.Result.NOT_HANDLED;",
+            "return subject.user === \"diarch\" ? polkit.Result.NO : polkit.Result.NOT_HANDLED;",
             "});",
         ]
     );

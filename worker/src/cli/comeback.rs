@@ -13,7 +13,7 @@ use super::{clock, escape};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// systemd starts a worker that failed again after longer and longer pauses; most come back in a second.
+/// systemd starts a worker again 100 ms after its end, and one that failed takes a second over that.
 #[cfg(not(test))]
 const WITHIN: Duration = Duration::from_secs(60);
 #[cfg(test)]
