@@ -103,9 +103,6 @@ const REFUSED: &[&str] = &[
     "systemctl halt",
     "systemctl soft-reboot",
     "systemctl exit 3",
-    // What logind lets every other user do: a service manager of one's own, outside the worker's unit.
-    "loginctl enable-linger",
-    "busctl call org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager SetUserLinger ubb $(id -u) true true",
     // Without systemd.
     "kill -KILL $supervisor",
     "kill -STOP $supervisor",
@@ -436,6 +433,20 @@ fn said(machine: &Machine) -> String {
 #[track_caller]
 fn give_back(machine: &Machine) {
     machine.sh(&format!("rm /run/systemd/system/{WORKER}.d/probe.conf; systemctl daemon-reload; systemctl restart {WORKER}"));
+}
+
+#[test]
+fn the_workers_user_may_not_have_a_service_manager_of_its_own_as_every_other_user_may() {
+    need!(Machine, Package);
+    let machine = Machine::installed().boot();
+    machine.sh("useradd --create-home somebody");
+    // From a unit: to whom it can't see in one, logind says something else.
+    let linger = |user: &str| machine.in_unit("linger.service", &[&format!("User={user}")], &["loginctl", "enable-linger", user]);
+    linger("somebody").expect_success("what logind allows every user");
+    let refused = linger("diarch");
+    assert!(!refused.success() && refused.stderr.contains("denied"), "{refused:?}");
+    assert!(!machine.exists("/var/lib/systemd/linger/diarch"));
+    assert_eq!(machine.sh("getent passwd diarch | cut -d: -f6"), "/nonexistent", "no home in which a manager would find units");
 }
 
 #[test]
