@@ -36,13 +36,20 @@ pub struct Server {
     supervisor: Rc<Supervisor>,
     expected: Rc<Expected>,
     crowd: Rc<Crowd>,
+    /// How many were accepted since the start.
+    accepted: Rc<Cell<u64>>,
     /// Given up when descriptors run out, so that there is one to accept and refuse with (THREATS 6).
     reserve: RefCell<Option<File>>,
 }
 
 impl Server {
     pub fn new(supervisor: Rc<Supervisor>, expected: Expected) -> Self {
-        Self { supervisor, expected: Rc::new(expected), crowd: Rc::default(), reserve: RefCell::new(File::open("/dev/null").ok()) }
+        Self { supervisor, expected: Rc::new(expected), crowd: Rc::default(), accepted: Rc::default(), reserve: RefCell::new(File::open("/dev/null").ok()) }
+    }
+
+    /// Counts on while connections are accepted.
+    pub fn accepted(&self) -> Rc<Cell<u64>> {
+        Rc::clone(&self.accepted)
     }
 
     /// Accepts for ever.
@@ -76,12 +83,12 @@ impl Server {
     }
 
     fn begin(&self, channel: Channel) {
+        self.accepted.set(self.accepted.get() + 1);
         let channel = Rc::new(channel);
         let place = Crowd::enter(&self.crowd);
         let (supervisor, expected) = (Rc::clone(&self.supervisor), Rc::clone(&self.expected));
         tokio::task::spawn_local(async move {
             if let Err(error) = connection(&supervisor, &expected, &channel, &place).await {
-                tracing::warn!(%error, "connection refused");
                 supervisor.note_connection(&format!("connection refused: {error}"));
                 let _ = tokio::time::timeout(Duration::from_millis(100), channel.send(&ServerFrame::Refused(error), &[])).await;
             }
@@ -200,11 +207,8 @@ async fn converse(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc
     place.greeted();
     let session = supervisor.sessions.begin(channel);
     let asker = Asker::new(session, &peer);
-    tracing::info!(session, uid = peer.uid, pid = peer.pid, "worker connected");
     supervisor.note_connection(&format!("session {session} began: uid {} pid {} version {}", peer.uid, peer.pid, diarch_ipc::VERSION));
-    let ended = requests(supervisor, &asker, channel, &mut receiver).await;
-    tracing::info!(session, "worker disconnected");
-    ended
+    requests(supervisor, &asker, channel, &mut receiver).await
 }
 
 fn hostile(error: &ReceiveError) -> Error {

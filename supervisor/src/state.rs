@@ -174,6 +174,7 @@ impl Supervisor {
     /// As [`Supervisor::note`], for what anybody can cause by connecting: a storm of it must not fill the audit's disk.
     pub fn note_connection(&self, text: &str) {
         if self.limiter.borrow_mut().admit_note(std::time::Instant::now()) {
+            tracing::info!("{text}");
             self.note(text);
         }
         self.sync_soon();

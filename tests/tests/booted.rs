@@ -282,6 +282,9 @@ fn a_host_that_goes_down_powers_its_guests_off_and_has_them_back_at_the_next_boo
     let mut machine = Machine::installed().vm(vm_file_guest("web", 8000)).boot();
     machine.wait_healthy("web", Duration::from_secs(60));
     machine.sh("mkdir -p /var/log/journal; journalctl --flush");
+    // A host has other services to stop: PID 1 is busy with them when it is asked.
+    machine.write("/run/systemd/system/busy@.service", "[Service]\nExecStart=/bin/sleep infinity\nExecStop=/bin/sh -c 'for i in 1 2 3; do /bin/true; done'\n");
+    machine.sh("systemctl daemon-reload; systemctl start $(seq --format=busy@%g.service 1 150)");
     machine.reboot();
     machine.wait_healthy("web", Duration::from_secs(60));
     let before = machine.sh("journalctl --no-pager -o cat -b -1 -u diarch-worker.service -u 'diarch-vm-0.scope'");
@@ -289,6 +292,20 @@ fn a_host_that_goes_down_powers_its_guests_off_and_has_them_back_at_the_next_boo
     let console = machine.sh("cat /var/log/diarch/vms/web.* 2>/dev/null || true");
     assert!(console.contains("Power down"), "the guest heard the power button:\n{console}");
     assert!(!console.contains("terminating on signal"), "nobody ended its QEMU:\n{console}");
+}
+
+#[test]
+fn a_flood_of_connections_does_not_have_a_healthy_supervisor_killed_and_fills_no_journal() {
+    need!(Machine, Package);
+    let machine = with_vms(&["a"]);
+    let (vms, pid) = (machine.qemus(), main_pid(&machine, SUPERVISOR));
+    // As the worker's user, who may connect: 60 processes, longer than the watchdog waits.
+    let flood = "use Socket; for (1..60) { last if !fork } $a = pack_sockaddr_un('/run/diarch/supervisor.sock'); \
+                 while (1) { socket($s, AF_UNIX, 5, 0); if (connect($s, $a)) { push @k, $s; shift @k if @k > 200 } }";
+    machine.in_unit("flood.service", &["User=diarch", "RuntimeMaxSec=16", "TasksMax=64"], &["perl", "-e", flood]);
+    assert_eq!(machine.pid_of_unit(SUPERVISOR), Some(pid), "{}", machine.journal(SUPERVISOR));
+    assert!(machine.journal(SUPERVISOR).lines().count() < 1_000, "{} lines", machine.journal(SUPERVISOR).lines().count());
+    assert_untouched(&machine, &vms, "the flood");
 }
 
 #[test]

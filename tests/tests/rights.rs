@@ -957,11 +957,26 @@ fn the_supervisor_writes_its_own_directories_and_devices_and_nothing_else_of_the
     let machine = Machine::installed().program("diarch-probe").boot();
     like_a_host(&machine);
     let supervisor = machine.main_process(SUPERVISOR).expect("it runs");
-    for path in ["/run/diarch", "/var/log/diarch", "/sys/devices", "/tmp"] {
+    for path in ["/run/diarch", "/var/log/diarch", "/sys/devices"] {
         assert_eq!(writable(supervisor, path), Some(true), "{path}");
     }
     assert_ne!(writable(supervisor, "/sys/bus/pci"), Some(false), "where there is one");
-    for path in ["/", "/etc", "/etc/diarch", "/usr", "/var", "/var/lib/diarch", "/srv", "/boot", "/run", "/run/systemd", "/proc/sys", "/sys/fs/cgroup"] {
+    for path in [
+        "/",
+        "/tmp",
+        "/var/tmp",
+        "/etc",
+        "/etc/diarch",
+        "/usr",
+        "/var",
+        "/var/lib/diarch",
+        "/srv",
+        "/boot",
+        "/run",
+        "/run/systemd",
+        "/proc/sys",
+        "/sys/fs/cgroup",
+    ] {
         assert_ne!(writable(supervisor, path), Some(true), "{path}");
     }
     // Of /sys what devices need. Which others there are is the kernel's business; in /sys itself are directories only.

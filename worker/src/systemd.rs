@@ -187,10 +187,17 @@ impl Systemd {
         Err(Trouble::Other("the bus went away before the restart had ended".into()))
     }
 
-    /// Whether systemd is about to stop everything (`SystemState`, org.freedesktop.systemd1(5)). What it can't say is no.
+    /// Whether systemd is about to stop everything (`SystemState`, org.freedesktop.systemd1(5)). Asked until it answers: while everything is stopped, a call may well fail
+    /// once. Where there is no bus there is no systemd to ask.
     pub async fn host_goes_down(&self) -> bool {
-        let asked = async { manager(&self.connect().await?).await?.system_state().await.map_err(Trouble::from) };
-        asked.await.is_ok_and(|state| state == "stopping")
+        loop {
+            let asked = async { manager(&self.connect().await?).await?.system_state().await.map_err(Trouble::from) };
+            match asked.await {
+                Ok(state) => return state == "stopping",
+                Err(Trouble::NoBus(_)) => return false,
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
     }
 
     /// Tries what the worker's user may do, without effect. What is not known `within` the time is told as not known.

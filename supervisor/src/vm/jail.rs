@@ -21,6 +21,7 @@
 use diarch_ipc::Error;
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::signal::SigmaskHow;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, c_char, c_int, c_long};
 use std::io::{self, Read, Write};
@@ -103,10 +104,15 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
         max_open_files: plan.max_open_files,
         gate: theirs.as_raw_fd(),
     };
+    let before = nix::sys::signal::SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK).map_err(|e| step("signals", e.into()))?;
     // SAFETY: the child runs `child` only, which makes system calls on memory prepared above and never returns.
     let forked = unsafe { libc::fork() };
+    let error = io::Error::last_os_error();
+    if forked != 0 {
+        before.thread_set_mask().map_err(|e| step("signals", e.into()))?;
+    }
     match forked {
-        -1 => Err(step("fork", io::Error::last_os_error())),
+        -1 => Err(step("fork", error)),
         0 => child(&mut prepared),
         pid => {
             drop(theirs);
@@ -168,6 +174,19 @@ fn confine(with: &mut Prepared) -> (u32, c_int) {
             }
         };
     }
+    // Signals: dispositions and mask as a new program expects them. First: until here all are blocked, as the supervisor's own handlers write to descriptors by number,
+    // and these numbers are about to be a disk's.
+    for signal in 1..=64 {
+        if signal != libc::SIGKILL && signal != libc::SIGSTOP && signal != 32 && signal != 33 {
+            // SAFETY: SIG_DFL is a valid disposition; 32 and 33 are glibc's own.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+    }
+    // SAFETY: an all-zero sigset_t is an empty set on Linux.
+    let empty: libc::sigset_t = unsafe { std::mem::zeroed() };
+    check!(1, libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut()));
+    check!(1, libc::setsid());
+
     // Descriptors: first out of the way of the numbers they are to have, then to those numbers, the program and the gate behind them. All others go now, and not
     // at exec: while the parent's end of our gate is open here, or in a sister that waits at hers, the parent's death would not show.
     let own = c_int::try_from(with.fds.len()).unwrap_or(c_int::MAX - 2);
@@ -196,18 +215,6 @@ fn confine(with: &mut Prepared) -> (u32, c_int) {
         // SAFETY: as in `child`.
         unsafe { libc::_exit(125) }
     }
-
-    // Signals: dispositions and mask as a new program expects them.
-    for signal in 1..=64 {
-        if signal != libc::SIGKILL && signal != libc::SIGSTOP && signal != 32 && signal != 33 {
-            // SAFETY: SIG_DFL is a valid disposition; 32 and 33 are glibc's own.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-        }
-    }
-    // SAFETY: an all-zero sigset_t is an empty set on Linux.
-    let empty: libc::sigset_t = unsafe { std::mem::zeroed() };
-    check!(1, libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut()));
-    check!(1, libc::setsid());
 
     let limit = |value: u64| libc::rlimit { rlim_cur: value, rlim_max: value };
     // No core: it would hold the guest's memory (THREATS 21).

@@ -4,7 +4,7 @@
 //! kernel keeps, and is seen by name. It is moved there while it still waits at its gate (`jail`), so that it never runs anywhere else.
 //!
 //! Root calls two D-Bus methods (org.freedesktop.systemd1(5)): `StartTransientUnit`, for a name, a slice and properties that are ours (of the worker's request they
-//! hold the label and three numbers), and `StopUnit`, for a scope of that name in which no process is. That the process was moved is not taken from
+//! hold the label and three numbers), and `StopUnit`, for a scope of that name in which no process is or that was not made in time. That the process was moved is not taken from
 //! systemd's word: `/proc/PID/cgroup` says it.
 
 use super::jail::Gated;
@@ -104,7 +104,13 @@ pub async fn enclose(scope: &Scope, child: &Gated) -> Result<(), Error> {
             return Ok(());
         }
         if Instant::now() >= until {
-            return Err(failed(format!("systemd took the job and did not move QEMU within {} s; see journalctl -u {}", PATIENCE.as_secs(), scope.name)));
+            // The job must not run later, on a child that is gone and a number that is another's.
+            let _ = tokio::time::timeout(Duration::from_secs(1), withdraw(scope)).await;
+            return Err(failed(format!(
+                "systemd took the job and did not move QEMU within {} s: is a stop of diarch-worker.service under way (systemctl list-jobs), which it waits for? journalctl -u {} may say more",
+                PATIENCE.as_secs(),
+                scope.name
+            )));
         }
         tokio::time::sleep(AGAIN).await;
     }
@@ -159,11 +165,19 @@ async fn start(scope: &Scope, child: &Gated) -> Result<(), Refused> {
     Err(Refused::Said(format!("there is one already, with a process in it that the ledger does not know: see systemctl status {}", scope.name)))
 }
 
+/// Cancels the job of a scope that was not made in time, or stops the scope if it was made this very moment.
+async fn withdraw(scope: &Scope) -> zbus::Result<()> {
+    let bus = Connection::system().await?;
+    let manager = ManagerProxy::builder(&bus).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
+    manager.stop_unit(&scope.name, "replace").await.map(drop)
+}
+
 /// Whether the kernel knows no process in a scope of our slice. Nobody but we can have one moved there, and we hold the slot's lock.
 fn deserted(name: &str) -> bool {
     match std::fs::read_to_string(format!("/sys/fs/cgroup/diarch.slice/{SLICE}/{name}/cgroup.events")) {
         Ok(events) => events.lines().any(|line| line == "populated 0"),
-        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        // Where there is no cgroup v2 at that place, this says nothing.
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound && std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
     }
 }
 

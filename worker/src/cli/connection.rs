@@ -4,7 +4,7 @@ use super::escape;
 use super::screen::{Exit, Screen, Spinner, Stop};
 use crate::control::protocol::{Reply, Request};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,10 @@ const MAX_REPLY: usize = 16 * 1024 * 1024;
 /// After this silence a spinner appears, or a follower looks whether somebody still reads.
 const TICK: Duration = Duration::from_secs(1);
 /// A worker that holds its files in memory answers in milliseconds; one that is silent for so long is stuck.
+#[cfg(not(test))]
 const ANSWER: Duration = Duration::from_secs(10);
+#[cfg(test)]
+const ANSWER: Duration = Duration::from_millis(1500);
 
 /// How long the next reply may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,25 +71,34 @@ impl Connection {
     fn line(&mut self, patience: Patience, screen: &Screen<'_>) -> Result<Vec<u8>, Stop> {
         let (mut line, since, mut spinner) = (Vec::new(), Instant::now(), None);
         loop {
-            let room = MAX_REPLY.saturating_sub(line.len()) as u64;
-            match (&mut self.reader).take(room).read_until(b'\n', &mut line) {
-                Ok(_) if line.ends_with(b"\n") => return Ok(line),
-                Ok(0) if room == 0 => return Err(Stop::failed(format!("the worker sent a line of more than {MAX_REPLY} bytes"))),
-                Ok(0) => return Err(self.broke("it was closed in the middle of the answer")),
-                Ok(_) => {}
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => match patience {
-                    Patience::Event => screen.reader_is_there()?,
-                    Patience::Answer if since.elapsed() >= ANSWER => {
-                        let message = format!(
-                            "the worker took the connection and has been silent for {} seconds: see 'journalctl -u diarch-worker -e'; 'systemctl restart diarch-worker' ends no VM",
-                            ANSWER.as_secs()
-                        );
-                        return Err(Stop::new(Exit::Unreachable, message));
+            match self.reader.fill_buf() {
+                Ok([]) => return Err(self.broke("it was closed in the middle of the answer")),
+                Ok(bytes) => {
+                    let end = bytes.iter().position(|byte| *byte == b'\n').map(|at| at + 1);
+                    let taken = end.unwrap_or(bytes.len());
+                    line.extend_from_slice(&bytes[..taken]);
+                    self.reader.consume(taken);
+                    if line.len() > MAX_REPLY {
+                        return Err(Stop::failed(format!("the worker sent a line of more than {MAX_REPLY} bytes")));
                     }
+                    if end.is_some() {
+                        return Ok(line);
+                    }
+                }
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted) => match patience {
+                    Patience::Event => screen.reader_is_there()?,
                     Patience::Answer if screen.live && spinner.is_none() => spinner = Some(Spinner::start("waiting for the worker", since.elapsed())),
                     Patience::Answer => {}
                 },
                 Err(error) => return Err(self.broke(&error.to_string())),
+            }
+            // Also of a worker that sends a byte now and then.
+            if matches!(patience, Patience::Answer) && since.elapsed() >= ANSWER {
+                let message = format!(
+                    "the worker took the connection and has given no whole answer for {} seconds: see 'journalctl -u diarch-worker -e'; 'systemctl restart diarch-worker' ends no VM",
+                    ANSWER.as_secs()
+                );
+                return Err(Stop::new(Exit::Unreachable, message));
             }
         }
     }
@@ -327,5 +339,25 @@ pub mod tests {
         let (exit, message) = exit_of(ask(&worker.socket, &Request::Status {}, &Printed::default().screen()));
         assert_eq!(exit, Exit::Failed);
         assert!(message.contains("different versions"), "{message}");
+    }
+}
+
+#[cfg(test)]
+mod drip {
+    use super::tests::FakeWorker;
+    use super::*;
+    use crate::cli::screen::tests::Printed;
+
+    #[test]
+    fn a_worker_that_sends_a_byte_now_and_then_is_not_waited_for_for_ever() {
+        let worker = FakeWorker::start(Vec::new(), |mut stream| {
+            while stream.write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        let begun = Instant::now();
+        let stopped = ask(&worker.socket, &Request::Status {}, &Printed::default().screen());
+        assert!(matches!(&stopped, Err(Stop::Failure { exit: Exit::Unreachable, message }) if message.contains("no whole answer")), "{stopped:?}");
+        assert!(begun.elapsed() < Duration::from_secs(10));
     }
 }

@@ -18,8 +18,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
-/// For systemd's answer; a bus that hangs must not make each restart slow.
-const ANSWER: Duration = Duration::from_millis(500);
+/// For systemd's answer: when the host goes down it is busy with just that, and a "no" for want of an answer would cost every guest its file systems. (A bus that
+/// hangs makes a restart by hand as slow. One that is not there is no at once.)
+const ANSWER: Duration = Duration::from_secs(8);
 /// The longest way down of a VM (power button, quit, kill) and some room.
 const ALL_DOWN: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(100);
@@ -28,6 +29,7 @@ const MORE_TIME: Duration = Duration::from_secs(10);
 
 /// Ends when the worker may.
 pub async fn close(worker: Arc<Worker>) {
+    more_time();
     if !timeout(ANSWER, Systemd::default().host_goes_down()).await.unwrap_or(false) {
         return;
     }
@@ -46,10 +48,14 @@ pub async fn close(worker: Arc<Worker>) {
         }
         if asked.is_none_or(|at: Instant| at.elapsed() >= MORE_TIME / 4) {
             asked = Some(Instant::now());
-            let more = u32::try_from(MORE_TIME.as_micros()).unwrap_or(u32::MAX);
-            let _ = sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(more)]);
+            more_time();
             status::tell(&format!("the host goes down: waiting for {}", left.join(", ")));
         }
         sleep(LOOK).await;
     }
+}
+
+fn more_time() {
+    let more = u32::try_from(MORE_TIME.as_micros()).unwrap_or(u32::MAX);
+    let _ = sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(more)]);
 }
