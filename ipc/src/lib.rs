@@ -27,6 +27,7 @@ pub mod channel;
 pub mod client;
 pub mod error;
 pub mod frame;
+pub mod log;
 pub mod name;
 pub mod operation;
 pub mod peer;

@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use tracing_subscriber::filter::LevelFilter;
 
 /// Configuration that is refused, as sysexits.h has it: no restart makes it right.
 const EX_CONFIG: u8 = 78;
@@ -175,9 +176,7 @@ fn serve(settings: &run::Settings) -> ExitCode {
             return ExitCode::from(EX_CONFIG);
         }
     };
-    // Colour codes in a journal are noise, and a terminal is not where this is read.
-    // What can't be written there is dropped: its own complaint about that would panic on the same stream.
-    tracing_subscriber::fmt().log_internal_errors(false).with_ansi(false).with_writer(std::io::stderr).with_target(false).init();
+    diarch_ipc::log::to_standard_error(LevelFilter::INFO);
     match run::run(settings, inherited) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -203,7 +202,7 @@ fn prepare() -> std::io::Result<Option<std::os::fd::OwnedFd>> {
     // Descriptors that whoever started us forgot must not reach QEMU.
     // SAFETY: only sets close-on-exec flags; nothing is closed here.
     unsafe { nix::libc::syscall(nix::libc::SYS_close_range, 3, u32::MAX, nix::libc::CLOSE_RANGE_CLOEXEC) };
-    let keep = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
+    let keep = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM"];
     let names: Vec<OsString> = std::env::vars_os().map(|(name, _)| name).filter(|name| !keep.iter().any(|k| name == k)).collect();
     for name in names {
         // SAFETY: no other thread exists that could read the environment.

@@ -215,6 +215,13 @@ fn broken_grants_end_the_worker_after_three_restarts_and_all_heals_when_they_are
     assert!(machine.show(SUPERVISOR, "StatusText").contains("nonsense"), "and systemctl status shows it: {}", machine.show(SUPERVISOR, "StatusText"));
     machine.wait_for("systemd to start the worker again", Duration::from_secs(20), || (said("worker.started") >= 2).then_some(()));
     assert_eq!(machine.qemus(), vms, "while nobody rules");
+    // A worker that has never reached the supervisor says that it does not know, and not that they are stopped.
+    machine.wait_for("VMs of which nothing is known", SOON, || {
+        let shown = machine.vms();
+        (shown.len() == 2 && shown.iter().all(|vm| vm.phase == Phase::Unknown)).then_some(())
+    });
+    let warnings = machine.sh("journalctl --no-pager -o cat -p warning -u diarch-worker.service");
+    assert!(warnings.contains("supervisor.gave-up"), "the journal knows its severity:\n{warnings}");
 
     machine.sh("cp /root/grants.good /etc/diarch/grants.toml");
     let healed = Instant::now();

@@ -247,7 +247,7 @@ impl Handle {
         let intent = self.intent.borrow();
         let status = self.status.borrow();
         let activity = match status.phase {
-            Phase::Stopped => Activity::Stopped,
+            Phase::Unknown | Phase::Stopped => Activity::Stopped,
             Phase::Starting | Phase::Booting | Phase::Healthy | Phase::Unhealthy => Activity::Running,
             Phase::Stopping => Activity::Stopping,
             Phase::BackOff => Activity::BackOff,

@@ -152,6 +152,8 @@ pub struct Shown {
     pub held: Option<String>,
     /// Why its file, which is there, tells nothing; `desired` is what it told last.
     pub unusable: Option<String>,
+    /// Without a status: false until the supervisor's first inventory, as it may run all the same.
+    pub known: bool,
 }
 
 impl Worker {
@@ -502,14 +504,17 @@ impl Worker {
         let mut shown: BTreeMap<Label, Shown> = BTreeMap::new();
         for vm in &state.files.vms {
             let held = state.holds.of(&vm.name, &vm.revision).map(|hold| hold.reason.clone());
-            shown.insert(vm.name.clone(), Shown { name: vm.name.clone(), desired: Some(vm.clone()), status: None, held, unusable: None });
+            shown.insert(
+                vm.name.clone(),
+                Shown { name: vm.name.clone(), desired: Some(vm.clone()), status: None, held, unusable: None, known: state.know_what_is },
+            );
         }
         for (name, handle) in &state.vms {
             let entry = shown.entry(name.clone()).or_insert_with(|| {
                 let unusable = state.unusable(handle);
                 // A file that is gone told its last.
                 let desired = unusable.as_ref().and_then(|_| handle.intent().desired.as_deref().cloned());
-                Shown { name: name.clone(), desired, status: None, held: None, unusable }
+                Shown { name: name.clone(), desired, status: None, held: None, unusable, known: true }
             });
             entry.status = Some(handle.status().borrow().clone());
         }
@@ -540,8 +545,10 @@ impl Worker {
     }
 
     /// How many VMs are in which state.
-    pub fn census(&self) -> Census {
-        Census::of(self.state().vms.values().map(|handle| handle.status().borrow().phase))
+    /// `None`: the supervisor has not been reached since the worker started.
+    pub fn census(&self) -> Option<Census> {
+        let state = self.state();
+        state.know_what_is.then(|| Census::of(state.vms.values().map(|handle| handle.status().borrow().phase)))
     }
 
     /// Until a VM's status has changed since the last call. For one caller.

@@ -15,8 +15,7 @@ const FAILED_PAUSE: Duration = Duration::from_secs(1);
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let level = std::env::var("DIARCH_LOG").ok().and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO);
-    // What can't be written there is dropped: its own complaint about that would panic on the same stream.
-    tracing_subscriber::fmt().log_internal_errors(false).with_max_level(level).with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
+    diarch_ipc::log::to_standard_error(level);
     match diarch_worker::daemon::run(&arguments.config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {

@@ -274,6 +274,7 @@ pub struct LogRequest<'a> {
 
 pub fn phase_word(phase: Phase) -> &'static str {
     match phase {
+        Phase::Unknown => "unknown",
         Phase::Stopped => "stopped",
         Phase::Starting => "starting",
         Phase::Booting => "booting",
@@ -289,7 +290,7 @@ fn tone(phase: Phase) -> Tone {
     match phase {
         Phase::Healthy => Tone::Good,
         Phase::Starting | Phase::Booting | Phase::Stopping => Tone::Busy,
-        Phase::Unhealthy | Phase::BackOff | Phase::Failed => Tone::Bad,
+        Phase::Unknown | Phase::Unhealthy | Phase::BackOff | Phase::Failed => Tone::Bad,
         Phase::Stopped => Tone::Faint,
     }
 }

@@ -52,7 +52,7 @@ fn reached(status: &Status, goal: Goal) -> Option<Result<(), String>> {
         Goal::Stopped => (status.phase == Phase::Stopped).then_some(Ok(())),
         Goal::Healthy { starts, restarts } if status.seen_starts >= starts && status.seen_restarts >= restarts => match status.phase {
             Phase::Healthy => Some(Ok(())),
-            Phase::Failed | Phase::BackOff | Phase::Stopped => Some(Err(reason())),
+            Phase::Unknown | Phase::Failed | Phase::BackOff | Phase::Stopped => Some(Err(reason())),
             Phase::Starting | Phase::Booting | Phase::Unhealthy | Phase::Stopping => None,
         },
         Goal::Healthy { .. } => None,

@@ -125,6 +125,8 @@ pub enum FailureKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
+    /// The supervisor has not been reached since this worker started: whether it runs is not known.
+    Unknown,
     /// Not running, and not meant to.
     Stopped,
     /// Claimed or being spawned.

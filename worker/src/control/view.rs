@@ -17,13 +17,15 @@ const INVENTORY: Duration = Duration::from_secs(2);
 const RIGHTS: Duration = Duration::from_secs(5);
 
 pub fn vm(shown: Shown) -> VmView {
-    let Shown { name, desired, status, held, unusable } = shown;
+    let Shown { name, desired, status, held, unusable, known } = shown;
     // Where a broken file told nothing yet: what runs was enabled.
     let enabled = desired.as_ref().map_or(unusable.is_some(), |vm| vm.enabled);
     let file = unusable.as_ref().and(status.as_ref()).and_then(|status| status.file.clone());
-    let phase = status.as_ref().map_or(Phase::Stopped, |status| status.phase);
+    let phase = status.as_ref().map_or(if known { Phase::Stopped } else { Phase::Unknown }, |status| status.phase);
     let mut reason = status.as_ref().and_then(|status| status.reason.clone());
-    if phase == Phase::Stopped {
+    if phase == Phase::Unknown {
+        reason = Some("the supervisor has not been reached since the worker started; QEMUs that ran run on: systemctl list-units 'diarch-vm-*'".into());
+    } else if phase == Phase::Stopped {
         let disabled = desired.as_ref().filter(|vm| !vm.enabled).map(|vm| format!("it is disabled in {}", vm.file));
         reason = held.or(disabled).or(reason);
     } else if reason.is_none() {
@@ -35,7 +37,7 @@ pub fn vm(shown: Shown) -> VmView {
     if let Some(unusable) = unusable {
         let meanwhile = match phase {
             Phase::Booting | Phase::Healthy | Phase::Unhealthy => "the VM runs on as it was started",
-            Phase::Stopped | Phase::Starting | Phase::Stopping | Phase::BackOff | Phase::Failed => "what it said last counts",
+            Phase::Unknown | Phase::Stopped | Phase::Starting | Phase::Stopping | Phase::BackOff | Phase::Failed => "what it said last counts",
         };
         let unusable = format!("{unusable}; {meanwhile}");
         reason = Some(reason.map_or_else(|| unusable.clone(), |reason| format!("{reason}; {unusable}")));

@@ -33,7 +33,7 @@ impl Census {
                     census.unhealthy += 1;
                 }
                 Phase::BackOff | Phase::Failed => census.down += 1,
-                Phase::Starting | Phase::Stopped => {}
+                Phase::Unknown | Phase::Starting | Phase::Stopped => {}
             }
         }
         census
@@ -67,7 +67,7 @@ pub fn tell(line: &str) {
     let _ = sd_notify::notify(&[NotifyState::Status(&printable(line, LONGEST))]);
 }
 
-fn line(state: &State, census: Census, restarts: usize) -> String {
+fn line(state: &State, census: Option<Census>, restarts: usize) -> String {
     let supervisor = match state {
         State::Connecting => "supervisor: connecting".to_owned(),
         State::Ready { .. } => "supervisor connected".to_owned(),
@@ -75,6 +75,7 @@ fn line(state: &State, census: Census, restarts: usize) -> String {
         State::Restarting { attempt } => format!("supervisor lost; restart {attempt} of {restarts}"),
         State::GaveUp { reason } => format!("gave up: {reason}"),
     };
+    let Some(census) = census else { return format!("what runs is not known yet; {supervisor}") };
     let mut line = match census.running {
         1 => "1 VM running".to_owned(),
         n => format!("{n} VMs running"),
@@ -95,9 +96,9 @@ mod tests {
     fn the_line_says_how_many_run_and_how_the_supervisor_stands() {
         let ready = State::Ready { version: "1".into() };
         let census = Census::of([Phase::Healthy, Phase::Booting, Phase::Stopped, Phase::Starting, Phase::Unhealthy].into_iter());
-        assert_eq!(line(&ready, census, 3), "3 VMs running, 1 unhealthy; supervisor connected");
+        assert_eq!(line(&ready, Some(census), 3), "3 VMs running, 1 unhealthy; supervisor connected");
         let census = Census::of([Phase::Healthy, Phase::Failed, Phase::BackOff].into_iter());
-        assert_eq!(line(&State::Restarting { attempt: 2 }, census, 3), "1 VM running, 2 failed; supervisor lost; restart 2 of 3");
-        assert_eq!(line(&State::Lost { reason: "closed".into() }, Census::default(), 3), "0 VMs running; supervisor lost: closed");
+        assert_eq!(line(&State::Restarting { attempt: 2 }, Some(census), 3), "1 VM running, 2 failed; supervisor lost; restart 2 of 3");
+        assert_eq!(line(&State::Lost { reason: "closed".into() }, Some(Census::default()), 3), "0 VMs running; supervisor lost: closed");
     }
 }
