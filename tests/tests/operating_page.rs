@@ -36,15 +36,15 @@ fn every_command_of_the_page_does_what_the_page_says() {
     need!(Machine, Package, Guest, Qemu);
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OPERATING.md")).expect("the page");
     let machine = Machine::bare().boot();
-    machine.sh("mkdir /root/work");
+    machine.sh("mkdir /root/packages");
     // The name under which apt-get sees it on the page.
-    machine.copy_in(&need::package().expect("checked"), "/root/work/diarch_0.0.0_amd64.deb", 0o644);
+    machine.copy_in(&need::package().expect("checked"), "/root/packages/diarch_0.0.0_amd64.deb", 0o644);
     let blocks = blocks(&page);
     assert!(blocks.len() >= 15, "the page has lost its blocks, or this test its eyes: {}", blocks.len());
     let mut said = String::new();
     let mut first = None;
     for block in &blocks {
-        let script = format!("cd /root/work\n{}", block.script);
+        let script = format!("cd /root/packages\n{}", block.script);
         let output = machine.run_within(Duration::from_secs(120), &["/bin/bash", "-euo", "pipefail", "-c", &script]);
         said += &output.stdout;
         output.expect_success(&format!("{}:\n{}", block.heading, block.script));
