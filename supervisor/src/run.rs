@@ -138,7 +138,7 @@ async fn serve(supervisor: Rc<Supervisor>, findings: Findings, expected: Expecte
     // Each on a task of its own: what is awaited here is looked at on every turn of the loop.
     let syncing = Rc::clone(&supervisor);
     tokio::task::spawn_local(async move { syncing.keep_synced().await });
-    tokio::task::spawn_local(feed_watchdog(door, server.accepted()));
+    tokio::task::spawn_local(feed_watchdog(door, server.heard()));
     let serving = tokio::task::spawn_local(async move { server.serve(&listener).await });
     let ended = tokio::task::spawn_local(async move {
         tokio::select! {
@@ -166,14 +166,14 @@ fn tell_manager(state: &[NotifyState<'_>]) {
 
 /// Feeds the service manager's watchdog as long as somebody who knocks at our own door is heard: the loop turns, connections are accepted,
 /// and their peers are looked up. When the door is so crowded that we don't come through ourselves, those who did say the same.
-async fn feed_watchdog(door: PathBuf, accepted: Rc<Cell<u64>>) {
+async fn feed_watchdog(door: PathBuf, heard: Rc<Cell<u64>>) {
     let Some(limit) = sd_notify::watchdog_enabled() else { return };
     loop {
-        let before = accepted.get();
+        let before = heard.get();
         tokio::time::sleep((limit / 3).max(Duration::from_millis(100))).await;
         match tokio::time::timeout(limit / 3, crate::server::knock(&door)).await {
             Ok(Ok(())) => tell_manager(&[NotifyState::Watchdog]),
-            _ if accepted.get() > before => tell_manager(&[NotifyState::Watchdog]),
+            _ if heard.get() > before => tell_manager(&[NotifyState::Watchdog]),
             Ok(Err(error)) => tracing::error!(%error, "our own door is shut: the watchdog is not fed"),
             Err(_) => tracing::error!("nobody answers our own door: the watchdog is not fed"),
         }

@@ -36,20 +36,18 @@ pub struct Server {
     supervisor: Rc<Supervisor>,
     expected: Rc<Expected>,
     crowd: Rc<Crowd>,
-    /// How many were accepted since the start.
-    accepted: Rc<Cell<u64>>,
     /// Given up when descriptors run out, so that there is one to accept and refuse with (THREATS 6).
     reserve: RefCell<Option<File>>,
 }
 
 impl Server {
     pub fn new(supervisor: Rc<Supervisor>, expected: Expected) -> Self {
-        Self { supervisor, expected: Rc::new(expected), crowd: Rc::default(), accepted: Rc::default(), reserve: RefCell::new(File::open("/dev/null").ok()) }
+        Self { supervisor, expected: Rc::new(expected), crowd: Rc::default(), reserve: RefCell::new(File::open("/dev/null").ok()) }
     }
 
-    /// Counts on while connections are accepted.
-    pub fn accepted(&self) -> Rc<Cell<u64>> {
-        Rc::clone(&self.accepted)
+    /// Counts on while others than we ourselves are accepted and looked up.
+    pub fn heard(&self) -> Rc<Cell<u64>> {
+        Rc::clone(&self.crowd.heard)
     }
 
     /// Accepts for ever.
@@ -83,7 +81,6 @@ impl Server {
     }
 
     fn begin(&self, channel: Channel) {
-        self.accepted.set(self.accepted.get() + 1);
         let channel = Rc::new(channel);
         let place = Crowd::enter(&self.crowd);
         let (supervisor, expected) = (Rc::clone(&self.supervisor), Rc::clone(&self.expected));
@@ -118,6 +115,8 @@ fn channel(stream: Stream) -> io::Result<Channel> {
 #[derive(Default)]
 struct Crowd {
     count: Cell<u64>,
+    /// Of these, others whose identity was looked up.
+    heard: Rc<Cell<u64>>,
     places: RefCell<BTreeMap<u64, Standing>>,
 }
 
@@ -194,6 +193,7 @@ async fn converse(supervisor: &Rc<Supervisor>, expected: &Expected, channel: &Rc
     if peer.is_this_process() {
         return Ok(());
     }
+    place.crowd.heard.set(place.crowd.heard.get() + 1);
     peer.check(expected)?;
     let mut receiver = Receiver::default();
     let first = tokio::time::timeout(HELLO_PATIENCE, channel.receive::<ClientFrame>(&mut receiver)).await;
