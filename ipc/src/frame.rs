@@ -108,6 +108,8 @@ pub struct Answer {
 }
 
 /// `Result`, spelled so that its encoding is ours.
+// As for `Reply`: one lives at a time.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Outcome {

@@ -127,6 +127,27 @@ fn mac(value: &str) -> Result<(), String> {
     }
 }
 
+fn bdf(value: &str) -> Result<(), String> {
+    let rule = "a PCI function is DOMAIN:BUS:DEVICE.FUNCTION in lower-case hex with leading zeros, such as 0000:65:00.0";
+    let hex =
+        |part: &str, digits: std::ops::RangeInclusive<usize>| digits.contains(&part.len()) && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let good = || {
+        let (address, function) = value.split_once('.')?;
+        let mut parts = address.split(':');
+        let (domain, bus, device) = (parts.next()?, parts.next()?, parts.next()?);
+        // A domain has more than four digits only where four don't suffice (drivers/pci: "%04x"); five bits of device, three of function.
+        let domain_good = hex(domain, 4..=8) && (domain.len() == 4 || !domain.starts_with('0'));
+        let device_good = hex(device, 2..=2) && u8::from_str_radix(device, 16).is_ok_and(|device| device < 32);
+        let function_good = function.len() == 1 && matches!(function.as_bytes()[0], b'0'..=b'7');
+        Some(parts.next().is_none() && domain_good && hex(bus, 2..=2) && device_good && function_good)
+    };
+    if good() == Some(true) { Ok(()) } else { Err(rule.into()) }
+}
+
+fn tag(value: &str) -> Result<(), String> {
+    label(value).and_then(|()| if value.len() <= 36 { Ok(()) } else { Err("a tag is at most 36 bytes".into()) })
+}
+
 checked_string!(
     /// What people call a VM. A label only: it is shown and compared, and nothing is derived from it.
     Label,
@@ -146,6 +167,31 @@ checked_string!(
     /// A unicast MAC address, `52:54:00:12:34:56`.
     Mac,
     mac
+);
+checked_string!(
+    /// A PCI function as sysfs names it. Which ones may be taken, the grants and the host's live state say.
+    Bdf,
+    bdf
+);
+checked_string!(
+    /// The name of a network in the grants (`[network.NAME]`), not an interface.
+    NetworkName,
+    label
+);
+checked_string!(
+    /// The name of something that may be mounted in the grants (`[mounts.NAME]`), not a path.
+    ShareName,
+    label
+);
+checked_string!(
+    /// The name of a socket in the grants (`[sockets.NAME]`), not a path.
+    SocketName,
+    label
+);
+checked_string!(
+    /// What a guest mounts a shared directory by: `mount -t virtiofs TAG DIRECTORY`. 36 bytes in the device's configuration (virtio 1.2, 5.11.4).
+    Tag,
+    tag
 );
 
 impl Label {
@@ -172,6 +218,15 @@ ranged!(
 ranged!(
     /// A TCP or UDP port.
     Port: u16, 1, 65535, "a port"
+);
+
+ranged!(
+    /// The number of a VM's network card, from 0.
+    NicIndex: u16, 0, 3, "the number of a network card"
+);
+ranged!(
+    /// Pairs of receive and transmit queues of a network card.
+    Queues: u16, 1, 8, "the number of queues"
 );
 
 /// One request, for ever: `session` is random for each start of a worker, `serial` counts within it.
@@ -269,6 +324,18 @@ mod tests {
         assert!(Port::new(0).is_err() && Port::new(65536).is_err() && Port::new(u64::MAX).is_err());
         assert!(Cpus::new(0).is_err() && MiB::new(15).is_err() && Slot::new(4096).is_err());
         assert_eq!(Port::new(65535).unwrap().get(), 65535);
+    }
+
+    #[test]
+    fn a_pci_function_is_named_as_sysfs_names_it_and_in_no_other_way() {
+        for good in ["0000:00:1f.7", "0000:65:00.0", "10000:e1:00.0"] {
+            Bdf::new(good).unwrap();
+        }
+        for bad in
+            ["65:00.0", "0000:65:00", "0000:65:00.8", "0000:65:20.0", "0000:6A:00.0", "00000:65:00.0", "0000:65:00.0/..", "../../65:00.0", "0000:65:00.0\n"]
+        {
+            Bdf::new(bad).unwrap_err();
+        }
     }
 
     #[test]

@@ -5,8 +5,10 @@
 //! (`diarch-supervisor operations`, `docs/OPERATIONS.md`), the table hash that both halves compare in their `Hello`, and
 //! the hostile requests of the tests, which start from each operation's example.
 
-use crate::name::{Cpus, Label, MiB, RequestId, Slot, Tenancy};
-use crate::spec::{self, FdRole, VmSpec};
+use crate::name::{
+    Bdf, Cpus, Forward, IpText, Label, Mac, MiB, NetworkName, NicIndex, Port, Protocol, Queues, RequestId, ShareName, Slot, SocketName, Tenancy,
+};
+use crate::spec::{self, DiskAccess, FdRole, VmSpec};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -203,7 +205,7 @@ operations! {
         effect: Effect::Grant,
         capability: &["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"],
         states: &[SlotState::Claimed, SlotState::Exited],
-        fds_in: &["log", "console", "kernel?", "initrd?", "firmware?", "disk*"],
+        fds_in: &["log", "console", "kernel?", "initrd?", "firmware?", "disk*", "tap*"],
         fds_out: &["pidfd", "qmp"],
         secret_fields: &[],
         grant: &["qemu", "vms.memory_mib", "vms.cpus_each", "vms.kvm", "forwards.allow", "forwards.egress"],
@@ -246,6 +248,126 @@ operations! {
         reason: "QEMU runs as another user, whom the worker can't signal.",
         deadline_ms: 2_000,
     }
+    VfioBind("vfio.bind"): Bind => Bound {
+        class: Class::Ensure,
+        effect: Effect::Grant,
+        capability: &["CAP_SYS_PTRACE"],
+        states: &[SlotState::Claimed, SlotState::Exited],
+        fds_in: &[],
+        fds_out: &[],
+        secret_fields: &[],
+        grant: &["devices.allow"],
+        reason: "Takes a PCI function with its whole IOMMU group from its drivers and gives it to vfio-pci: sysfs files and device nodes are root's.",
+        deadline_ms: 60_000,
+    }
+    VfioRelease("vfio.release"): Unbind => Unbound {
+        class: Class::Ensure,
+        effect: Effect::Revoke,
+        capability: &[],
+        states: &[SlotState::Claimed, SlotState::Exited, SlotState::Releasing, SlotState::Quarantined],
+        fds_in: &[],
+        fds_out: &[],
+        secret_fields: &[],
+        grant: &[],
+        reason: "Gives the group's functions back to the drivers that they were taken from.",
+        deadline_ms: 60_000,
+    }
+    VfioRecover("vfio.recover"): Recover => Recovered {
+        class: Class::Ensure,
+        effect: Effect::Grant,
+        capability: &[],
+        states: &[SlotState::Claimed, SlotState::Exited],
+        fds_in: &[],
+        fds_out: &[],
+        secret_fields: &[],
+        grant: &["devices.allow"],
+        reason: "Resets what a dirty exit left behind: a function's reset file is root's.",
+        deadline_ms: 60_000,
+    }
+    TapOpen("tap.open"): OpenTap => TapOpened {
+        class: Class::Ensure,
+        effect: Effect::Grant,
+        capability: &["CAP_NET_ADMIN"],
+        states: &[SlotState::Claimed, SlotState::Exited],
+        fds_in: &[],
+        fds_out: &["tap*"],
+        secret_fields: &[],
+        grant: &["network"],
+        reason: "A network interface, its place on a bridge and its routes are made in the host's network namespace.",
+        deadline_ms: 5_000,
+    }
+    NetPublish("net.publish"): Publish => Published {
+        class: Class::Ensure,
+        effect: Effect::Grant,
+        capability: &["CAP_NET_ADMIN"],
+        states: &[SlotState::Claimed, SlotState::Running, SlotState::Exited],
+        fds_in: &[],
+        fds_out: &[],
+        secret_fields: &[],
+        grant: &["network", "ports.publish"],
+        reason: "Forwards of the host's ports are rules of the host's packet filter.",
+        deadline_ms: 5_000,
+    }
+    NetWithdraw("net.withdraw"): Withdraw => Withdrawn {
+        class: Class::Ensure,
+        effect: Effect::Revoke,
+        capability: &["CAP_NET_ADMIN"],
+        states: &[SlotState::Claimed, SlotState::Spawning, SlotState::Running, SlotState::Exited, SlotState::Releasing, SlotState::Quarantined],
+        fds_in: &[],
+        fds_out: &[],
+        secret_fields: &[],
+        grant: &[],
+        reason: "Takes such rules away.",
+        deadline_ms: 5_000,
+    }
+    PortListen("port.listen"): Listen => Listening {
+        class: Class::Ensure,
+        effect: Effect::Grant,
+        capability: &["CAP_NET_BIND_SERVICE"],
+        states: &[],
+        fds_in: &[],
+        fds_out: &["listener"],
+        secret_fields: &[],
+        grant: &["ports.listen"],
+        reason: "Ports below 1024 are root's to bind.",
+        deadline_ms: 2_000,
+    }
+    MountAttach("mount.attach"): AttachMount => MountAttached {
+        class: Class::Ensure,
+        effect: Effect::Grant,
+        capability: &["CAP_SYS_ADMIN"],
+        states: &[SlotState::Claimed, SlotState::Exited],
+        fds_in: &[],
+        fds_out: &["directory?"],
+        secret_fields: &[],
+        grant: &["mounts"],
+        reason: "Only root mounts; nothing of it is seen outside the VM that it is for.",
+        deadline_ms: 5_000,
+    }
+    MountDetach("mount.detach"): DetachMount => MountDetached {
+        class: Class::Ensure,
+        effect: Effect::Revoke,
+        capability: &[],
+        states: &[SlotState::Claimed, SlotState::Exited, SlotState::Releasing, SlotState::Quarantined],
+        fds_in: &[],
+        fds_out: &[],
+        secret_fields: &[],
+        grant: &[],
+        reason: "Takes such a mount away.",
+        deadline_ms: 5_000,
+    }
+    SocketConnect("socket.connect"): ConnectSocket => SocketConnected {
+        class: Class::Ensure,
+        effect: Effect::Grant,
+        capability: &[],
+        states: &[],
+        fds_in: &[],
+        fds_out: &["socket"],
+        secret_fields: &[],
+        grant: &["sockets"],
+        reason: "Some services listen on sockets that are open to root alone.",
+        deadline_ms: 2_000,
+    }
 }
 
 impl Request {
@@ -253,21 +375,42 @@ impl Request {
     pub fn fds_in(&self) -> Vec<FdRole> {
         match self {
             Request::VmSpawn(spawn) => spawn.spec.fds(),
-            Request::HostInventory(_) | Request::VmClaim(_) | Request::VmRelease(_) | Request::VmAttach(_) | Request::VmConsole(_) | Request::VmSignal(_) => {
-                Vec::new()
-            }
+            Request::HostInventory(_)
+            | Request::VmClaim(_)
+            | Request::VmRelease(_)
+            | Request::VmAttach(_)
+            | Request::VmConsole(_)
+            | Request::VmSignal(_)
+            | Request::VfioBind(_)
+            | Request::VfioRelease(_)
+            | Request::VfioRecover(_)
+            | Request::TapOpen(_)
+            | Request::NetPublish(_)
+            | Request::NetWithdraw(_)
+            | Request::PortListen(_)
+            | Request::MountAttach(_)
+            | Request::MountDetach(_)
+            | Request::SocketConnect(_) => Vec::new(),
         }
     }
 
     /// The VM that it speaks of.
     pub fn tenancy(&self) -> Option<Tenancy> {
         match self {
-            Request::HostInventory(_) | Request::VmClaim(_) => None,
+            Request::HostInventory(_) | Request::VmClaim(_) | Request::PortListen(_) | Request::SocketConnect(_) => None,
             Request::VmRelease(r) => Some(r.tenancy),
             Request::VmSpawn(r) => Some(r.tenancy),
             Request::VmAttach(r) => Some(r.tenancy),
             Request::VmConsole(r) => Some(r.tenancy),
             Request::VmSignal(r) => Some(r.tenancy),
+            Request::VfioBind(r) => Some(r.tenancy),
+            Request::VfioRelease(r) => Some(r.tenancy),
+            Request::VfioRecover(r) => Some(r.tenancy),
+            Request::TapOpen(r) => Some(r.tenancy),
+            Request::NetPublish(r) => Some(r.tenancy),
+            Request::NetWithdraw(r) => Some(r.tenancy),
+            Request::MountAttach(r) => Some(r.tenancy),
+            Request::MountDetach(r) => Some(r.tenancy),
         }
     }
 }
@@ -300,11 +443,16 @@ pub struct HostInventory {
     pub audit: AuditState,
     /// Each VM's QEMU is in a systemd unit of its own, `diarch-vm-SLOT.scope`, with limits of memory and tasks.
     pub scopes: bool,
+    /// The devices that were taken from their drivers, at most [`HostInventory::DEVICES`] of them.
+    pub devices: Vec<DeviceRecord>,
+    pub devices_total: u32,
 }
 
 impl HostInventory {
-    /// VMs in one reply: 128 records of at most 300 bytes stay below the 64 KiB of a frame.
-    pub const PAGE: usize = 128;
+    /// VMs in one reply: 96 records of at most 300 bytes, with the devices, stay below the 64 KiB of a frame.
+    pub const PAGE: usize = 96;
+    /// Devices in one reply; a record is some 250 bytes, and more for each further function.
+    pub const DEVICES: usize = 32;
 }
 
 /// One slot as the ledger has it.
@@ -475,6 +623,222 @@ pub struct Signalled {
     pub delivered: bool,
 }
 
+/// Asks for a PCI function, with whatever shares its IOMMU group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bind {
+    pub tenancy: Tenancy,
+    pub function: Bdf,
+}
+
+/// The group is vfio-pci's, and this VM's until it is released.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bound {
+    pub device: DeviceRecord,
+}
+
+/// Gives the function's whole group back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Unbind {
+    pub tenancy: Tenancy,
+    pub function: Bdf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Unbound {
+    /// False: it was not bound for this VM.
+    pub existed: bool,
+}
+
+/// Resets the function's group after a dirty exit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recover {
+    pub tenancy: Tenancy,
+    pub function: Bdf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recovered {
+    pub device: DeviceRecord,
+}
+
+/// An IOMMU group of which the supervisor has taken the functions, or is about to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceRecord {
+    /// The kernel's number of the group, of this boot.
+    pub group: u32,
+    pub state: DeviceState,
+    pub functions: Vec<FunctionRecord>,
+    /// Whose it is: a VM's slot and label.
+    pub slot: Option<Slot>,
+    pub label: Option<Label>,
+    /// Why it is quarantined, if it is.
+    pub trouble: Option<String>,
+}
+
+/// One PCI function of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FunctionRecord {
+    pub function: Bdf,
+    pub vendor: u16,
+    pub device: u16,
+    /// Class, subclass and programming interface: 24 bits.
+    pub class: u32,
+    /// What its memory BARs take in the guest's address space, in MiB, rounded up.
+    pub mmio_mib: u64,
+    /// The kernel has a way to reset it.
+    pub resettable: bool,
+}
+
+/// The states of a device (an IOMMU group of functions).
+///
+/// ```text
+///            vfio.bind          bound, node there       vm.spawn
+///   free ------------> reserved ----------------> bound --------> attached
+///    ^                    |                       |  ^               |
+///    |  <-- rolled back --+        vfio.recover   v  |  config space |
+///    |                                       resetting  reads alive  |  QEMU ends
+///    +------ vfio.release, vm.release ------------+  +---------------+
+///                                                                    |  it does not, or a step hangs
+///                                                 quarantined <------+
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// Written down, and on its way to vfio-pci.
+    Reserved,
+    Bound,
+    /// In a VM that runs.
+    Attached,
+    Resetting,
+    /// It does not answer, or a step of the kernel's did not end. Given to nobody; `vfio.recover` and `vfio.release` try again.
+    Quarantined,
+}
+
+impl DeviceState {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            DeviceState::Reserved => "reserved",
+            DeviceState::Bound => "bound",
+            DeviceState::Attached => "attached",
+            DeviceState::Resetting => "resetting",
+            DeviceState::Quarantined => "quarantined",
+        }
+    }
+}
+
+/// Asks for a tap for one of the VM's network cards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenTap {
+    pub tenancy: Tenancy,
+    pub nic: NicIndex,
+    pub network: NetworkName,
+    /// The card's address: frames from the guest with another one are dropped.
+    pub mac: Mac,
+    /// On a bridged network, the guest's IP address, if the worker knows it: packets with another one are dropped. On a routed network the supervisor gives one.
+    pub address: Option<IpText>,
+    pub queues: Queues,
+}
+
+/// A tap; it goes with the last of its descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TapOpened {
+    /// For people: nothing takes it back.
+    pub name: String,
+    pub mtu: u32,
+    /// On a routed network: the guest's address.
+    pub address: Option<IpText>,
+    /// On a routed network: the host's end.
+    pub gateway: Option<IpText>,
+}
+
+/// Makes these, and no others, the published ports of one of the VM's network cards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Publish {
+    pub tenancy: Tenancy,
+    pub nic: NicIndex,
+    pub forwards: Vec<Forward>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Published {}
+
+/// Takes all of the VM's published ports away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Withdraw {
+    pub tenancy: Tenancy,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Withdrawn {
+    /// False: nothing was published.
+    pub existed: bool,
+}
+
+/// Asks for a socket that is bound to a port of the host; for TCP it listens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listen {
+    pub protocol: Protocol,
+    pub address: IpText,
+    pub port: Port,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listening {}
+
+/// Asks for something granted to be mounted for this VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachMount {
+    pub tenancy: Tenancy,
+    pub share: ShareName,
+    pub access: DiskAccess,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountAttached {}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DetachMount {
+    pub tenancy: Tenancy,
+    pub share: ShareName,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountDetached {
+    /// False: it was not attached.
+    pub existed: bool,
+}
+
+/// Asks for a connection to a granted socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConnectSocket {
+    pub socket: SocketName,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SocketConnected {}
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -505,6 +869,9 @@ pub enum Event {
     /// A step on this slot did not end within its deadline.
     #[serde(rename = "vm.quarantined")]
     VmQuarantined { slot: Slot, label: Label, reason: String },
+    /// A device does not answer after its VM, or a step on it did not end.
+    #[serde(rename = "device.quarantined")]
+    DeviceQuarantined { function: Bdf, group: u32, reason: String },
     /// The KVM probe ended.
     #[serde(rename = "host.kvm")]
     HostKvm { verdict: KvmVerdict },
@@ -517,6 +884,11 @@ pub enum Event {
 pub const EVENTS: &[(&str, &str, &str)] = &[
     ("vm.exited", "slot, label, status, spawn", "A VM's QEMU ended; the slot keeps the status until it is released or spawned anew."),
     ("vm.quarantined", "slot, label, reason", "A step on this slot did not end within its deadline; only vm.signal and vm.release are tried any more."),
+    (
+        "device.quarantined",
+        "function, group, reason",
+        "A device does not answer after its VM, or a step on it did not end; nobody gets it until vfio.recover or vfio.release succeeds.",
+    ),
     ("host.kvm", "verdict", "The tiny guest that tells whether KVM works has run."),
     ("session.superseded", "", "A newer worker said Hello; every later request of the older one gets Superseded."),
 ];

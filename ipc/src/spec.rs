@@ -3,7 +3,7 @@
 //! There is no path and no QEMU option in here. Files travel as file descriptors beside the message, in the order
 //! that [`VmSpec::fds`] gives; only the supervisor renders an argument vector.
 
-use crate::name::{CommandLine, Cpus, Forward, Mac, MiB, QemuName};
+use crate::name::{Bdf, CommandLine, Cpus, Forward, Mac, MiB, QemuName, Queues, ShareName, Tag};
 use serde::{Deserialize, Serialize};
 
 /// One virtual machine.
@@ -18,6 +18,10 @@ pub struct VmSpec {
     pub boot: Boot,
     pub disks: Vec<Disk>,
     pub nics: Vec<Nic>,
+    /// PCI functions that `vfio.bind` bound for this VM.
+    pub devices: Vec<Bdf>,
+    /// Directories that `mount.attach` attached for this VM, given to the guest through virtiofsd.
+    pub shares: Vec<Share>,
 }
 
 /// What executes the guest's instructions.
@@ -70,13 +74,40 @@ pub enum DiskAccess {
     ReadWrite,
 }
 
-/// One network card on QEMU's user-mode network.
+/// One network card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nic {
     pub mac: Mac,
-    pub egress: Egress,
-    pub forwards: Vec<Forward>,
+    pub backend: Backend,
+}
+
+/// What a network card is plugged into.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Backend {
+    /// A network of its own that ends in a process on the host (passt, or QEMU's user-mode network): no privilege needed.
+    User { egress: Egress, forwards: Vec<Forward> },
+    /// The tap that `tap.open` opened for the card of this number; its queues are fds `tap`.
+    Tap { queues: Queues },
+}
+
+impl Nic {
+    /// The ports of the host that lead to it without root's doing.
+    pub fn forwards(&self) -> &[Forward] {
+        match &self.backend {
+            Backend::User { forwards, .. } => forwards,
+            Backend::Tap { .. } => &[],
+        }
+    }
+}
+
+/// A directory that the guest can mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    pub share: ShareName,
+    pub tag: Tag,
 }
 
 /// Where the guest may open connections to.
@@ -102,6 +133,8 @@ pub struct FdRole {
 pub enum FdKind {
     RegularFile,
     RegularFileOrBlockDevice,
+    /// A queue of a tap that `tap.open` made.
+    Tap,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +150,10 @@ pub enum FdAccess {
 pub const MAX_DISKS: usize = 8;
 /// As above.
 pub const MAX_NICS: usize = 4;
+/// As above: a host with 8 GPUs and 4 NVSwitches, and some cards.
+pub const MAX_DEVICES: usize = 16;
+/// As above.
+pub const MAX_SHARES: usize = 8;
 /// Forwards of one network card.
 pub const MAX_FORWARDS: usize = 32;
 
@@ -133,9 +170,11 @@ pub const FIRMWARE: FdRole = role("firmware", FdKind::RegularFile, FdAccess::Rea
 pub const DISK_READ_ONLY: FdRole = role("disk", FdKind::RegularFileOrBlockDevice, FdAccess::ReadOnly);
 pub const DISK_READ_WRITE: FdRole = role("disk", FdKind::RegularFileOrBlockDevice, FdAccess::ReadWrite);
 
+pub const TAP: FdRole = role("tap", FdKind::Tap, FdAccess::ReadWrite);
+
 impl VmSpec {
     /// The file descriptors that must come with this specification, in this order:
-    /// log, console, \[kernel\], \[initrd\], \[firmware\], disks.
+    /// log, console, \[kernel\], \[initrd\], \[firmware\], disks, the taps' queues card by card.
     pub fn fds(&self) -> Vec<FdRole> {
         let mut roles = vec![LOG, CONSOLE];
         let firmware = match &self.boot {
@@ -151,6 +190,11 @@ impl VmSpec {
             DiskAccess::ReadOnly => DISK_READ_ONLY,
             DiskAccess::ReadWrite => DISK_READ_WRITE,
         }));
+        for nic in &self.nics {
+            if let Backend::Tap { queues } = &nic.backend {
+                roles.extend((0..queues.get()).map(|_| TAP));
+            }
+        }
         roles
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::audit::{Fields, push, quoted};
 use crate::state::{Given, InFlight, Supervisor};
-use crate::vm;
+use crate::{mount, net, socket, vfio, vm};
 use diarch_ipc::Error;
 use diarch_ipc::frame::Call;
 use diarch_ipc::name::RequestId;
@@ -159,6 +159,16 @@ async fn handle(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call
         Request::VmAttach(ask) => vm::attach::attach(supervisor, row, &ask).map(|(reply, fds)| (Reply::VmAttach(reply), fds)),
         Request::VmConsole(ask) => vm::attach::console(supervisor, row, &ask).map(|(reply, fds)| (Reply::VmConsole(reply), fds)),
         Request::VmSignal(ask) => vm::signal::signal(supervisor, row, &ask).map(|reply| (Reply::VmSignal(reply), Vec::new())),
+        Request::VfioBind(ask) => vfio::bind::bind(supervisor, row, &ask).await.map(|reply| (Reply::VfioBind(reply), Vec::new())),
+        Request::VfioRelease(ask) => vfio::release::release(supervisor, row, &ask).await.map(|reply| (Reply::VfioRelease(reply), Vec::new())),
+        Request::VfioRecover(ask) => vfio::recover::recover(supervisor, row, &ask).await.map(|reply| (Reply::VfioRecover(reply), Vec::new())),
+        Request::TapOpen(ask) => net::tap::open(supervisor, row, &ask).await.map(|(reply, fds)| (Reply::TapOpen(reply), fds)),
+        Request::NetPublish(ask) => net::publish::publish(supervisor, row, &ask).await.map(|reply| (Reply::NetPublish(reply), Vec::new())),
+        Request::NetWithdraw(ask) => net::publish::withdraw(supervisor, row, &ask).await.map(|reply| (Reply::NetWithdraw(reply), Vec::new())),
+        Request::PortListen(ask) => net::port::listen(supervisor, row, &ask).map(|(reply, fds)| (Reply::PortListen(reply), fds)),
+        Request::MountAttach(ask) => mount::attach::attach(supervisor, row, &ask).await.map(|(reply, fds)| (Reply::MountAttach(reply), fds)),
+        Request::MountDetach(ask) => mount::detach::detach(supervisor, row, &ask).await.map(|reply| (Reply::MountDetach(reply), Vec::new())),
+        Request::SocketConnect(ask) => socket::connect(supervisor, row, &ask).await.map(|(reply, fds)| (Reply::SocketConnect(reply), fds)),
     }
 }
 

@@ -19,6 +19,7 @@ pub fn interrogate(fd: &OwnedFd, role: FdRole, index: usize) -> Result<(), Error
     let found = FileType::from_raw_mode(stat.stx_mode.into());
     let right_kind = match role.kind {
         FdKind::RegularFile => found == FileType::RegularFile,
+        FdKind::Tap => found == FileType::CharacterDevice,
         FdKind::RegularFileOrBlockDevice => matches!(found, FileType::RegularFile | FileType::BlockDevice),
     };
     if !right_kind {
@@ -77,6 +78,7 @@ fn role_word(kind: FdKind) -> &'static str {
     match kind {
         FdKind::RegularFile => "regular file",
         FdKind::RegularFileOrBlockDevice => "regular file or block device",
+        FdKind::Tap => "tap of this supervisor",
     }
 }
 

@@ -3,6 +3,14 @@
 //! The file is trusted because of who could have written it: every directory on the way to it and the file itself belong to root and nobody
 //! else can write them. It is opened once, and what was opened is what is checked and read (THREATS 4).
 
+mod devices;
+mod mounts;
+mod network;
+
+pub use devices::{DeviceGrant, Devices};
+pub use mounts::{Mountable, Socket};
+pub use network::{Network, Ports};
+
 use diarch_ipc::name::{Forward, QemuName};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Deserializer};
@@ -26,11 +34,28 @@ pub struct Grants {
     pub vms: Vms,
     /// QEMU binaries by name: `[qemu.default]`.
     #[serde(default)]
-    pub qemu: BTreeMap<String, Qemu>,
+    pub qemu: BTreeMap<String, Program>,
     #[serde(default)]
     pub forwards: Forwards,
     #[serde(default)]
     pub limits: Limits,
+    #[serde(default)]
+    pub devices: Devices,
+    /// Networks by name: `[network.lan]`.
+    #[serde(default)]
+    pub network: BTreeMap<String, Network>,
+    #[serde(default)]
+    pub ports: Ports,
+    /// What may be mounted, by name: `[mounts.models]`.
+    #[serde(default)]
+    pub mounts: BTreeMap<String, Mountable>,
+    /// Sockets by name: `[sockets.downloader]`.
+    #[serde(default)]
+    pub sockets: BTreeMap<String, Socket>,
+    /// The program that carries user-mode networking; without it, QEMU does so itself.
+    pub passt: Option<Program>,
+    /// The program that serves shared directories.
+    pub virtiofsd: Option<Program>,
 }
 
 /// Who the worker is.
@@ -90,10 +115,10 @@ pub struct Vms {
     pub kvm: bool,
 }
 
-/// One QEMU binary.
+/// A program that a VM needs.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Qemu {
+pub struct Program {
     pub path: PathBuf,
     /// The file's SHA-256, hex; without it, its path, owner and mode decide.
     pub sha256: Option<String>,

@@ -11,9 +11,9 @@
 //! A record is replaced by rename, so that a reader finds the old one or the new one. The directory is on a tmpfs: the ledger survives the
 //! supervisor's death, not the host's, and nothing it speaks of does either.
 
-use diarch_ipc::name::{Cpus, Forward, Label, MiB, RequestId, Slot};
+use diarch_ipc::name::{Cpus, Forward, IpText, Label, Mac, MiB, NetworkName, NicIndex, Queues, RequestId, ShareName, Slot};
 use diarch_ipc::operation::{ExitStatus, SlotState};
-use diarch_ipc::spec::Accelerator;
+use diarch_ipc::spec::{Accelerator, DiskAccess};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder};
 use std::io::{self, Write};
@@ -31,6 +31,46 @@ pub struct Record {
     pub claim: RequestId,
     pub state: SlotState,
     pub run: Option<Run>,
+    /// What else stands under the slot; its devices have records of their own (`vfio`), since they may outlive it.
+    #[serde(default)]
+    pub resources: Resources,
+}
+
+/// What was made for a slot, in the order in which it is undone from behind.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Resources {
+    pub taps: Vec<Tap>,
+    pub published: Vec<Publication>,
+    pub mounts: Vec<Mounted>,
+}
+
+/// A tap that was opened. It goes with its last descriptor, so it may be gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tap {
+    pub nic: NicIndex,
+    pub network: NetworkName,
+    pub mac: Mac,
+    /// The guest's address, where it is known: no other may come from the tap.
+    pub address: Option<IpText>,
+    pub queues: Queues,
+}
+
+/// The published ports of one network card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Publication {
+    pub nic: NicIndex,
+    pub forwards: Vec<Forward>,
+}
+
+/// A mount that was attached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mounted {
+    pub share: ShareName,
+    pub access: DiskAccess,
 }
 
 /// One QEMU process, from the intent to its end.
@@ -190,6 +230,7 @@ mod tests {
             claim: RequestId { session: u64::MAX, serial: 1 },
             state: SlotState::Claimed,
             run: None,
+            resources: Resources::default(),
         }
     }
 

@@ -15,6 +15,11 @@
 //! | `dispatch`             | one request's way: limits, audit, handler, audit              |
 //! | `vetted`               | the type that only a `vet` function can make                  |
 //! | `vm`                   | slots and the QEMU in each                                    |
+//! | `vfio`                 | PCI devices given to a VM                                     |
+//! | `net`                  | taps, published ports, privileged ports                       |
+//! | `mount`                | what is mounted for a VM, and nowhere else                    |
+//! | `socket`               | connections to granted sockets                                |
+//! | `host`                 | the machine that is acted on, or a stage in its place         |
 //! | `fd`, `qemu`, `kvm`    | what comes from outside, looked at before it is used          |
 //! | `ledger`               | what exists, written down before it does                      |
 //! | `audit`                | who asked for what, and what came of it                       |
@@ -29,17 +34,22 @@ pub mod dispatch;
 pub mod fd;
 pub mod grants;
 pub mod helper;
+pub mod host;
 pub mod kvm;
 pub mod ledger;
 pub mod limiter;
 pub mod listen;
+pub mod mount;
+pub mod net;
 pub mod privilege;
 pub mod process;
 pub mod qemu;
 pub mod run;
 pub mod server;
 pub mod session;
+pub mod socket;
 pub mod state;
 pub mod usage;
 pub mod vetted;
+pub mod vfio;
 pub mod vm;

@@ -1,6 +1,6 @@
 //! A granted QEMU binary: opened once, checked as opened, executed from that very descriptor (THREATS 4).
 
-use crate::grants::{self, Qemu};
+use crate::grants::{self, Program};
 use diarch_ipc::Error;
 use sha2::{Digest, Sha256};
 use std::cell::RefCell;
@@ -44,7 +44,7 @@ pub struct Hashed {
 
 /// Opens the binary for execution. `known` saves hashing a file again that has not changed; the hash that was needed is
 /// returned for the cache.
-pub fn open(name: &str, granted: &Qemu, known: Option<Hashed>) -> Result<(File, Option<Hashed>), Error> {
+pub fn open(name: &str, granted: &Program, known: Option<Hashed>) -> Result<(File, Option<Hashed>), Error> {
     let refuse = |reason: String| Error::Unsupported { missing: format!("QEMU {name:?}: {reason}") };
     // Distributions link names (qemu-system-x86_64 -> ...): the link is followed first, and then each directory of the real path is checked.
     let real = std::fs::canonicalize(&granted.path).map_err(|error| refuse(format!("{}: {error}", granted.path.display())))?;
@@ -87,8 +87,8 @@ fn hash(file: &mut File) -> std::io::Result<String> {
 mod tests {
     use super::*;
 
-    fn granted(path: &str, sha256: Option<&str>) -> Qemu {
-        Qemu { path: path.into(), sha256: sha256.map(str::to_owned) }
+    fn granted(path: &str, sha256: Option<&str>) -> Program {
+        Program { path: path.into(), sha256: sha256.map(str::to_owned) }
     }
 
     #[test]

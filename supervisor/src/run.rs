@@ -8,6 +8,7 @@
 use crate::audit::{Audit, now_ms};
 use crate::grants::Grants;
 use crate::helper::{Helpers, THREADS};
+use crate::host::Host;
 use crate::ledger::Ledger;
 use crate::limiter::Limiter;
 use crate::server::Server;
@@ -21,6 +22,7 @@ use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -84,6 +86,7 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
         grants,
         ledger,
         helpers: Helpers::default(),
+        host: Arc::new(Host::real()),
         sessions: crate::session::Sessions::default(),
         hashes: crate::qemu::HashCache::default(),
         qemu_grants,

@@ -3,6 +3,7 @@
 use crate::audit::Audit;
 use crate::grants::Grants;
 use crate::helper::Helpers;
+use crate::host::Host;
 use crate::ledger::{Ledger, Record};
 use crate::limiter::Limiter;
 use crate::qemu::HashCache;
@@ -14,6 +15,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
@@ -22,6 +24,7 @@ pub struct Supervisor {
     pub grants: Grants,
     pub ledger: Ledger,
     pub helpers: Helpers,
+    pub host: Arc<Host>,
     pub sessions: Sessions,
     pub hashes: HashCache,
     pub qemu_grants: Vec<diarch_ipc::operation::QemuGrant>,
@@ -202,6 +205,7 @@ mod tests {
             grants,
             ledger: Ledger::open(directory).unwrap(),
             helpers: Helpers::default(),
+            host: Arc::new(Host::real()),
             sessions: Sessions::default(),
             hashes: HashCache::default(),
             qemu_grants: Vec::new(),
@@ -220,7 +224,8 @@ mod tests {
     fn claimed(supervisor: &Supervisor) -> Tenancy {
         let slot = Slot::new(0).unwrap();
         let claim = RequestId { session: 1, serial: 1 };
-        let record = Record { slot, label: Label::new("web").unwrap(), uid: 200_000, claim, state: SlotState::Claimed, run: None };
+        let record =
+            Record { slot, label: Label::new("web").unwrap(), uid: 200_000, claim, state: SlotState::Claimed, run: None, resources: Default::default() };
         supervisor.ledger.create(&record).unwrap();
         supervisor.slots.borrow_mut().insert(slot, Vm::new(record));
         Tenancy { slot, claim }

@@ -419,6 +419,8 @@ impl Host {
             boot: Boot::Kernel { command_line: CommandLine::new(words).expect("ASCII"), initrd: Presence::Absent, firmware: Presence::Absent },
             disks: Vec::new(),
             nics: Vec::new(),
+            devices: Vec::new(),
+            shares: Vec::new(),
         };
         let append = |name: &str| OwnedFd::from(fs::File::options().create(true).append(true).open(self.path("log").join(name)).expect("a log"));
         let kernel = fs::File::open(self.path("files/kernel")).expect("a kernel");

@@ -147,6 +147,8 @@ pub fn spawn(tenancy: Tenancy) -> Request {
         boot: Boot::Kernel { command_line: CommandLine::new("stub").expect("ASCII"), initrd: Presence::Absent, firmware: Presence::Absent },
         disks: Vec::new(),
         nics: Vec::new(),
+        devices: Vec::new(),
+        shares: Vec::new(),
     };
     Request::VmSpawn(Spawn { tenancy, spec })
 }

@@ -215,6 +215,10 @@ impl Link {
                 });
                 return;
             }
+            Event::DeviceQuarantined { function, group, reason } => {
+                journal.warn("device.quarantined", format!("{function} (IOMMU group {group}): {reason}"));
+                return;
+            }
             Event::SessionSuperseded {} => return,
         };
         let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,8 +1,8 @@
 //! One well-formed value of every request and reply (see [`Example`]).
 
 use super::*;
-use crate::name::{CommandLine, Forward, IpText, Mac, Port, Protocol, QemuName};
-use crate::spec::{Accelerator, Boot, Disk, DiskAccess, DiskFormat, Egress, Nic, Presence};
+use crate::name::{CommandLine, QemuName, Tag};
+use crate::spec::{Accelerator, Backend, Boot, Disk, DiskFormat, Egress, Nic, Presence, Share};
 use std::net::{IpAddr, Ipv4Addr};
 
 // Constants that keep the rules of their types; the tests below would fail to build an example otherwise.
@@ -17,6 +17,26 @@ fn tenancy() -> Tenancy {
 }
 fn label() -> Label {
     ok(Label::new("example"))
+}
+
+fn mac() -> Mac {
+    ok(Mac::new("52:54:00:12:34:56"))
+}
+fn function() -> Bdf {
+    ok(Bdf::new("0000:65:00.0"))
+}
+fn share() -> ShareName {
+    ok(ShareName::new("models"))
+}
+fn ip(last: u8) -> IpText {
+    IpText(IpAddr::V4(Ipv4Addr::new(10, 77, 0, last)))
+}
+fn forward() -> Forward {
+    Forward { protocol: Protocol::Tcp, host_address: IpText(IpAddr::V4(Ipv4Addr::LOCALHOST)), host_port: ok(Port::new(8080)), guest_port: ok(Port::new(80)) }
+}
+fn device() -> DeviceRecord {
+    let function = FunctionRecord { function: function(), vendor: 0x10de, device: 0x2330, class: 0x03_0200, mmio_mib: 131_105, resettable: true };
+    DeviceRecord { group: 7, state: DeviceState::Bound, functions: vec![function], slot: Some(slot()), label: Some(label()), trouble: None }
 }
 
 impl Example for Inventory {
@@ -51,6 +71,8 @@ impl Example for HostInventory {
             limits: Limits { vms: 1, memory_mib: 1, memory_mib_used: 0, cpus_each: 1 },
             audit: AuditState { sequence: 1, head: "00".into(), trouble: None, lost: 0 },
             scopes: true,
+            devices: vec![device()],
+            devices_total: 1,
         }
     }
 }
@@ -76,12 +98,6 @@ impl Example for Released {
 }
 impl Example for Spawn {
     fn example() -> Self {
-        let forward = Forward {
-            protocol: Protocol::Tcp,
-            host_address: IpText(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-            host_port: ok(Port::new(8080)),
-            guest_port: ok(Port::new(80)),
-        };
         Spawn {
             tenancy: tenancy(),
             spec: VmSpec {
@@ -91,7 +107,9 @@ impl Example for Spawn {
                 memory: ok(MiB::new(256)),
                 boot: Boot::Kernel { command_line: ok(CommandLine::new("console=ttyS0")), initrd: Presence::Given, firmware: Presence::Absent },
                 disks: vec![Disk { format: DiskFormat::Raw, access: DiskAccess::ReadOnly }],
-                nics: vec![Nic { mac: ok(Mac::new("52:54:00:12:34:56")), egress: Egress::Closed, forwards: vec![forward] }],
+                nics: vec![Nic { mac: mac(), backend: Backend::User { egress: Egress::Closed, forwards: vec![forward()] } }],
+                devices: Vec::new(),
+                shares: vec![Share { share: share(), tag: ok(Tag::new("models")) }],
             },
         }
     }
@@ -129,5 +147,112 @@ impl Example for Signal {
 impl Example for Signalled {
     fn example() -> Self {
         Signalled { delivered: true }
+    }
+}
+impl Example for Bind {
+    fn example() -> Self {
+        Bind { tenancy: tenancy(), function: function() }
+    }
+}
+impl Example for Bound {
+    fn example() -> Self {
+        Bound { device: device() }
+    }
+}
+impl Example for Unbind {
+    fn example() -> Self {
+        Unbind { tenancy: tenancy(), function: function() }
+    }
+}
+impl Example for Unbound {
+    fn example() -> Self {
+        Unbound { existed: true }
+    }
+}
+impl Example for Recover {
+    fn example() -> Self {
+        Recover { tenancy: tenancy(), function: function() }
+    }
+}
+impl Example for Recovered {
+    fn example() -> Self {
+        Recovered { device: device() }
+    }
+}
+impl Example for OpenTap {
+    fn example() -> Self {
+        OpenTap {
+            tenancy: tenancy(),
+            nic: ok(NicIndex::new(0)),
+            network: ok(NetworkName::new("lan")),
+            mac: mac(),
+            address: Some(ip(2)),
+            queues: ok(Queues::new(2)),
+        }
+    }
+}
+impl Example for TapOpened {
+    fn example() -> Self {
+        TapOpened { name: "dvm0n0".into(), mtu: 1500, address: Some(ip(2)), gateway: Some(ip(1)) }
+    }
+}
+impl Example for Publish {
+    fn example() -> Self {
+        Publish { tenancy: tenancy(), nic: ok(NicIndex::new(0)), forwards: vec![forward()] }
+    }
+}
+impl Example for Published {
+    fn example() -> Self {
+        Published {}
+    }
+}
+impl Example for Withdraw {
+    fn example() -> Self {
+        Withdraw { tenancy: tenancy() }
+    }
+}
+impl Example for Withdrawn {
+    fn example() -> Self {
+        Withdrawn { existed: true }
+    }
+}
+impl Example for Listen {
+    fn example() -> Self {
+        Listen { protocol: Protocol::Tcp, address: ip(1), port: ok(Port::new(443)) }
+    }
+}
+impl Example for Listening {
+    fn example() -> Self {
+        Listening {}
+    }
+}
+impl Example for AttachMount {
+    fn example() -> Self {
+        AttachMount { tenancy: tenancy(), share: share(), access: DiskAccess::ReadOnly }
+    }
+}
+impl Example for MountAttached {
+    fn example() -> Self {
+        MountAttached {}
+    }
+}
+impl Example for DetachMount {
+    fn example() -> Self {
+        DetachMount { tenancy: tenancy(), share: share() }
+    }
+}
+impl Example for MountDetached {
+    fn example() -> Self {
+        MountDetached { existed: true }
+    }
+}
+impl Example for ConnectSocket {
+    fn example() -> Self {
+        ConnectSocket { socket: ok(SocketName::new("downloader")) }
+    }
+}
+impl Example for SocketConnected {
+    fn example() -> Self {
+        SocketConnected {}
     }
 }

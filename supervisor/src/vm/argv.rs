@@ -7,7 +7,7 @@
 //! Checked against QEMU 7.2 (Debian 12) and 10.0 (Debian 13).
 
 use diarch_ipc::name::{Forward, Label, Slot};
-use diarch_ipc::spec::{Accelerator, Boot, DiskAccess, DiskFormat, Egress, FdRole, Nic, VmSpec};
+use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskAccess, DiskFormat, Egress, FdRole, Nic, VmSpec};
 use serde_json::json;
 
 /// Where QEMU finds what it was given; 0 is `/dev/null`, 1 and 2 are the log.
@@ -84,8 +84,8 @@ pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec) -> Vec<St
 }
 
 fn netdev(n: usize, nic: &Nic) -> String {
-    let forwards: Vec<_> = nic.forwards.iter().map(|forward| json!({"str": hostfwd(forward)})).collect();
-    let mut user = json!({"type": "user", "id": format!("net{n}"), "restrict": nic.egress == Egress::Closed});
+    let forwards: Vec<_> = nic.forwards().iter().map(|forward| json!({"str": hostfwd(forward)})).collect();
+    let mut user = json!({"type": "user", "id": format!("net{n}"), "restrict": !matches!(nic.backend, Backend::User { egress: Egress::Host, .. })});
     if !forwards.is_empty() {
         user["hostfwd"] = forwards.into();
     }
@@ -118,7 +118,7 @@ mod tests {
             Request::VmSpawn(spawn) => Some(spawn),
             _ => None,
         });
-        spawn.unwrap().spec
+        VmSpec { shares: Vec::new(), ..spawn.unwrap().spec }
     }
     fn label() -> Label {
         Label::new("web").unwrap()

@@ -1,7 +1,7 @@
 //! `vm.claim`: a slot, with the user and the directory that belong to it alone.
 
 use crate::grants::Vms;
-use crate::ledger::Record;
+use crate::ledger::{Record, Resources};
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
 use diarch_ipc::Error;
@@ -44,7 +44,7 @@ fn vet(slots: &BTreeMap<Slot, Vm>, closed: &BTreeSet<Slot>, vms: &Vms, id: Reque
     let Some((slot, uid)) = candidates.filter_map(|slot| Some((slot, uid_of(slot)?))).next() else {
         return Err(Error::Exhausted { what: "slots (vms.max in the grants)".into(), limit: u64::from(vms.max), retry_after_ms: None });
     };
-    Ok(Vetted::by_vet(Record { slot, label: ask.label.clone(), uid, claim: id, state: SlotState::Claimed, run: None }))
+    Ok(Vetted::by_vet(Record { slot, label: ask.label.clone(), uid, claim: id, state: SlotState::Claimed, run: None, resources: Resources::default() }))
 }
 
 #[cfg(test)]

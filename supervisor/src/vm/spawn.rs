@@ -24,7 +24,7 @@ use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
 use diarch_ipc::name::{RequestId, Slot};
 use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
-use diarch_ipc::spec::{Accelerator, Boot, DiskFormat, Egress, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
+use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -201,7 +201,7 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         cpus: spec.cpus,
         memory: spec.memory,
         accelerator: spec.accelerator,
-        forwards: spec.nics.iter().flat_map(|nic| nic.forwards.iter().copied()).collect(),
+        forwards: spec.nics.iter().flat_map(|nic| nic.forwards().iter().copied()).collect(),
         exit: None,
     };
     let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS;
@@ -223,7 +223,10 @@ fn admit_shape(spec: &VmSpec) -> Result<(), Error> {
     at_most("spec.disks", MAX_DISKS, spec.disks.len())?;
     at_most("spec.nics", MAX_NICS, spec.nics.len())?;
     for nic in &spec.nics {
-        at_most("spec.nics.forwards", MAX_FORWARDS, nic.forwards.len())?;
+        at_most("spec.nics.forwards", MAX_FORWARDS, nic.forwards().len())?;
+    }
+    if !spec.devices.is_empty() || !spec.shares.is_empty() || spec.nics.iter().any(|nic| matches!(nic.backend, Backend::Tap { .. })) {
+        return Err(Error::Unsupported { missing: "devices, shares and taps are not built yet".into() });
     }
     if matches!(spec.boot, Boot::Disk { .. }) && spec.disks.is_empty() {
         return Err(Error::invalid("spec.boot", "to boot from a disk there must be one"));
@@ -260,10 +263,10 @@ fn runs(slots: &BTreeMap<Slot, Vm>, except: Option<Slot>) -> impl Iterator<Item 
 fn admit_network(grants: &Grants, slots: &BTreeMap<Slot, Vm>, slot: Slot, spec: &VmSpec) -> Result<(), Error> {
     let mut seen = Vec::new();
     for nic in &spec.nics {
-        if nic.egress == Egress::Host && !grants.forwards.egress {
+        if matches!(nic.backend, Backend::User { egress: Egress::Host, .. }) && !grants.forwards.egress {
             return Err(Error::denied("forwards.egress", "guests may not open connections outwards"));
         }
-        for forward in &nic.forwards {
+        for forward in nic.forwards() {
             let text = format!("{}:{}/{}", forward.host_address, forward.host_port, forward.protocol);
             if !grants.forwards.allow.iter().any(|range| range.covers(forward)) {
                 return Err(Error::denied("forwards.allow", format!("no entry covers {text}")));

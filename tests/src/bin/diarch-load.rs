@@ -370,6 +370,8 @@ impl Load {
                 boot: Boot::Kernel { command_line: CommandLine::new("").ok()?, initrd: Presence::Absent, firmware: Presence::Absent },
                 disks: Vec::new(),
                 nics: Vec::new(),
+                devices: Vec::new(),
+                shares: Vec::new(),
             })
         };
         let append = |what: &str| {

@@ -6,7 +6,7 @@ use crate::supervisor::{Link, describe};
 use crate::vmfile::{Accel, Machine};
 use diarch_ipc::name::Label;
 use diarch_ipc::operation::KvmVerdict;
-use diarch_ipc::spec::{Accelerator, Boot, Disk, DiskAccess, Nic, Presence, VmSpec};
+use diarch_ipc::spec::{Accelerator, Backend, Boot, Disk, DiskAccess, Nic, Presence, VmSpec};
 use rustix::fs::{FileType, Mode, OFlags};
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -119,7 +119,9 @@ pub fn spec(machine: &Machine, accelerator: Accelerator) -> VmSpec {
         memory: machine.memory,
         boot,
         disks: machine.disks.iter().map(|disk| Disk { format: disk.format, access: disk.access }).collect(),
-        nics: vec![Nic { mac: machine.mac.clone(), egress: machine.egress, forwards: machine.forwards.clone() }],
+        nics: vec![Nic { mac: machine.mac.clone(), backend: Backend::User { egress: machine.egress, forwards: machine.forwards.clone() } }],
+        devices: Vec::new(),
+        shares: Vec::new(),
     }
 }
 

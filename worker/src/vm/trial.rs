@@ -214,6 +214,8 @@ mod tests {
             limits: Limits { vms: 8, memory_mib: 1024, memory_mib_used: 1024, cpus_each: 4 },
             audit: AuditState { sequence: 0, head: String::new(), trouble: None, lost: 0 },
             scopes: true,
+            devices: vec![],
+            devices_total: 0,
         };
         let with = |cpus, memory| Machine { cpus: Cpus::new(cpus).unwrap(), memory: MiB::new(memory).unwrap(), ..desired("a").machine };
         assert_eq!(within(&with(4, 512), &facts, 512), Ok(()));

@@ -18,7 +18,7 @@ fn ask() -> Spawn {
         .into_iter()
         .find_map(|request| match request {
             // Of the VM in slot 0; see `record`.
-            Request::VmSpawn(spawn) => Some(Spawn { tenancy: Tenancy { claim: id(0), ..spawn.tenancy }, ..spawn }),
+            Request::VmSpawn(spawn) => Some(Spawn { tenancy: Tenancy { claim: id(0), ..spawn.tenancy }, spec: VmSpec { shares: Vec::new(), ..spawn.spec } }),
             _ => None,
         })
         .unwrap()
@@ -28,7 +28,22 @@ fn facts() -> Facts {
 }
 fn record(slot: u64, label: &str, state: SlotState, run: Option<Run>) -> Record {
     let slot = Slot::new(slot).unwrap();
-    Record { slot, label: Label::new(label).unwrap(), uid: 200_000 + u32::from(slot.get()), claim: id(slot.get().into()), state, run }
+    Record {
+        slot,
+        label: Label::new(label).unwrap(),
+        uid: 200_000 + u32::from(slot.get()),
+        claim: id(slot.get().into()),
+        state,
+        run,
+        resources: Default::default(),
+    }
+}
+/// The forwards of the first card.
+fn forwards(ask: &mut Spawn) -> &mut Vec<diarch_ipc::name::Forward> {
+    match &mut ask.spec.nics[0].backend {
+        Backend::User { forwards, .. } => forwards,
+        Backend::Tap { .. } => panic!("the example has a card of user-mode networking"),
+    }
 }
 fn slots(records: Vec<Record>) -> BTreeMap<Slot, Vm> {
     records.into_iter().map(|record| (record.slot, Vm::new(record))).collect()
@@ -37,7 +52,7 @@ fn claimed() -> BTreeMap<Slot, Vm> {
     slots(vec![record(0, "web", SlotState::Claimed, None)])
 }
 fn other(state: SlotState, memory: u64, port: u64) -> Record {
-    let forward = ask().spec.nics[0].forwards[0];
+    let forward = forwards(&mut ask())[0];
     let run = Run {
         spawn: id(77),
         asked: String::new(),
@@ -74,8 +89,8 @@ fn each_refusal_names_the_grant() {
     };
     assert_eq!(denied(|ask| ask.spec.cpus = Cpus::new(3).unwrap()), "vms.cpus_each");
     assert_eq!(denied(|ask| ask.spec.memory = MiB::new(2000).unwrap()), "vms.memory_mib");
-    assert_eq!(denied(|ask| ask.spec.nics[0].egress = Egress::Host), "forwards.egress");
-    assert_eq!(denied(|ask| ask.spec.nics[0].forwards[0].host_port = Port::new(22).unwrap()), "forwards.allow");
+    assert_eq!(denied(|ask| ask.spec.nics[0].backend = Backend::User { egress: Egress::Host, forwards: Vec::new() }), "forwards.egress");
+    assert_eq!(denied(|ask| forwards(ask)[0].host_port = Port::new(22).unwrap()), "forwards.allow");
     assert_eq!(denied(|ask| ask.spec.accelerator = Accelerator::Kvm), "vms.kvm");
     assert_eq!(denied(|ask| ask.spec.qemu = diarch_ipc::name::QemuName::new("mine").unwrap()), "qemu.mine");
 }
@@ -104,8 +119,8 @@ fn a_port_that_another_vm_has_is_a_conflict_with_its_name() {
 #[test]
 fn a_port_twice_in_one_vm_is_invalid() {
     let twice = |ask: &mut Spawn| {
-        let forward = ask.spec.nics[0].forwards[0];
-        ask.spec.nics[0].forwards.push(forward);
+        let forward = forwards(ask)[0];
+        forwards(ask).push(forward);
     };
     assert_eq!(judged(&claimed(), twice).unwrap_err().kind(), "invalid");
 }
@@ -114,7 +129,7 @@ fn a_port_twice_in_one_vm_is_invalid() {
 fn too_many_disks_cards_or_forwards_are_invalid() {
     assert_eq!(judged(&claimed(), |ask| ask.spec.disks = vec![ask.spec.disks[0].clone(); MAX_DISKS + 1]).unwrap_err().kind(), "invalid");
     assert_eq!(judged(&claimed(), |ask| ask.spec.nics = vec![ask.spec.nics[0].clone(); MAX_NICS + 1]).unwrap_err().kind(), "invalid");
-    let many = |ask: &mut Spawn| ask.spec.nics[0].forwards = vec![ask.spec.nics[0].forwards[0]; MAX_FORWARDS + 1];
+    let many = |ask: &mut Spawn| *forwards(ask) = vec![forwards(ask)[0]; MAX_FORWARDS + 1];
     assert_eq!(judged(&claimed(), many).unwrap_err().kind(), "invalid");
 }
 

@@ -1,0 +1,4 @@
+//! What is mounted for a VM.
+
+pub mod attach;
+pub mod detach;
