@@ -131,6 +131,9 @@ fn begin(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: 
         // Also when the handler panics: the entry must not stay.
         let _entry = Entry { supervisor: Rc::clone(&supervisor), id };
         let given = handle(&supervisor, row, call, fds).await;
+        for said in supervisor.host.take_said() {
+            supervisor.note(&format!("rehearsed: {said}"));
+        }
         let _ = supervisor.audit.borrow_mut().append_all(&[("outcome", &|line| outcome(line, row, id, &given, started))]);
         supervisor.sync_soon();
         let _ = done.send(Some(given));

@@ -51,8 +51,13 @@ fn main() -> ExitCode {
 
 fn parse() -> Result<Command, lexopt::Error> {
     let mut args = lexopt::Parser::from_env();
-    let mut settings =
-        run::Settings { grants: grants::DEFAULT_PATH.into(), run_dir: "/run/diarch".into(), audit: audit::DEFAULT_PATH.into(), socket: PathBuf::new() };
+    let mut settings = run::Settings {
+        grants: grants::DEFAULT_PATH.into(),
+        run_dir: "/run/diarch".into(),
+        audit: audit::DEFAULT_PATH.into(),
+        socket: PathBuf::new(),
+        rehearse: None,
+    };
     let mut word: Option<OsString> = None;
     let mut file: Option<PathBuf> = None;
     let mut format = Format::Table;
@@ -62,6 +67,7 @@ fn parse() -> Result<Command, lexopt::Error> {
             Long("run-dir") => settings.run_dir = args.value()?.into(),
             Long("audit") => settings.audit = args.value()?.into(),
             Long("socket") => settings.socket = args.value()?.into(),
+            Long("rehearse") => settings.rehearse = Some(args.value()?.into()),
             Long("format") => {
                 format = match args.value()?.to_str() {
                     Some("table") => Format::Table,
@@ -146,7 +152,7 @@ fn operations(format: Format) -> String {
 fn check_grants(file: &std::path::Path) -> ExitCode {
     match grants::Grants::load(file, 0) {
         Ok(grants) => {
-            for qemu in diarch_supervisor::vm::inventory::qemu_grants(&grants) {
+            for qemu in diarch_supervisor::vm::inventory::qemu_grants(&grants, 0) {
                 match qemu.trouble {
                     Some(trouble) => println!("warning: {trouble}"),
                     None => println!("QEMU {}: {}", qemu.name, qemu.path),

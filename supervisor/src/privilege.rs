@@ -25,6 +25,11 @@ pub fn shed() -> io::Result<()> {
     caps::clear(None, CapSet::Inheritable).map_err(fail)?;
     caps::set(None, CapSet::Effective, &keep).map_err(fail)?;
     caps::set(None, CapSet::Permitted, &keep).map_err(fail)?;
+    confine()
+}
+
+/// What any process can give up, and every one of ours does.
+pub fn confine() -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
     // /proc/self is root's alone, and nothing of us is written to a core (THREATS 17, 21).
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;

@@ -42,13 +42,13 @@ pub struct Hashed {
     hash: String,
 }
 
-/// Opens the binary for execution. `known` saves hashing a file again that has not changed; the hash that was needed is
+/// Opens the binary for execution; `owner` is who must own it besides root. `known` saves hashing a file again that has not changed; the hash that was needed is
 /// returned for the cache.
-pub fn open(name: &str, granted: &Program, known: Option<Hashed>) -> Result<(File, Option<Hashed>), Error> {
+pub fn open(name: &str, granted: &Program, owner: u32, known: Option<Hashed>) -> Result<(File, Option<Hashed>), Error> {
     let refuse = |reason: String| Error::Unsupported { missing: format!("QEMU {name:?}: {reason}") };
     // Distributions link names (qemu-system-x86_64 -> ...): the link is followed first, and then each directory of the real path is checked.
     let real = std::fs::canonicalize(&granted.path).map_err(|error| refuse(format!("{}: {error}", granted.path.display())))?;
-    let mut file = grants::open_trusted(&real, 0).map_err(|error| refuse(error.to_string()))?;
+    let mut file = grants::open_trusted(&real, owner).map_err(|error| refuse(error.to_string()))?;
     let meta = file.metadata().map_err(|error| Error::io("stat QEMU", &error))?;
     if meta.mode() & 0o001 == 0 {
         return Err(refuse(format!("{} can't be executed by everybody, and VMs' users belong to no group", real.display())));
@@ -93,16 +93,16 @@ mod tests {
 
     #[test]
     fn a_missing_binary_is_named() {
-        let sentence = open("default", &granted("/nowhere/qemu", None), None).unwrap_err().to_string();
+        let sentence = open("default", &granted("/nowhere/qemu", None), 0, None).unwrap_err().to_string();
         assert!(sentence.contains("default") && sentence.contains("/nowhere/qemu"), "{sentence}");
     }
 
     #[test]
     fn a_binary_with_another_hash_is_refused_and_with_its_own_accepted() {
-        let sentence = open("default", &granted("/bin/true", Some(&"0".repeat(64))), None).unwrap_err().to_string();
+        let sentence = open("default", &granted("/bin/true", Some(&"0".repeat(64))), 0, None).unwrap_err().to_string();
         let actual = sentence.split("has the SHA-256 ").nth(1).unwrap().split(',').next().unwrap();
-        let (_, hashed) = open("default", &granted("/bin/true", Some(actual)), None).unwrap();
-        open("default", &granted("/bin/true", Some(actual)), hashed).unwrap();
+        let (_, hashed) = open("default", &granted("/bin/true", Some(actual)), 0, None).unwrap();
+        open("default", &granted("/bin/true", Some(actual)), 0, hashed).unwrap();
     }
 
     #[test]
@@ -114,6 +114,6 @@ mod tests {
         let path = dir.path().join("qemu");
         std::fs::write(&path, "x").unwrap();
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o757)).unwrap();
-        assert!(open("x", &granted(path.to_str().unwrap(), None), None).unwrap_err().to_string().contains("written by others"));
+        assert!(open("x", &granted(path.to_str().unwrap(), None), 0, None).unwrap_err().to_string().contains("written by others"));
     }
 }

@@ -34,13 +34,17 @@ pub struct Settings {
     pub audit: PathBuf,
     /// Used when no socket is passed on.
     pub socket: PathBuf,
+    /// The host's place is taken by this directory, and nothing is done that needs root.
+    pub rehearse: Option<PathBuf>,
 }
 
 /// Why the supervisor does not start, in one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    #[error("the supervisor must be started as root")]
+    #[error("the supervisor must be started as root (or with --rehearse)")]
     NotRoot,
+    #[error("a rehearsal is for an ordinary user: it must not be able to change this host")]
+    RootRehearses,
     #[error("{0}")]
     Kernel(String),
     #[error("the grants are refused: {0}")]
@@ -57,12 +61,15 @@ fn at(step: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
 
 /// Runs until SIGTERM or SIGINT. `inherited` is the socket that was passed on.
 pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartError> {
-    if rustix::process::geteuid().as_raw() != 0 {
-        return Err(StartError::NotRoot);
-    }
+    let host = match (&settings.rehearse, rustix::process::geteuid().is_root()) {
+        (None, true) => Host::real(),
+        (Some(stage), false) => Host::rehearsed(stage),
+        (None, false) => return Err(StartError::NotRoot),
+        (Some(_), true) => return Err(StartError::RootRehearses),
+    };
     let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
     privilege::check_kernel(&kernel).map_err(StartError::Kernel)?;
-    let grants = Grants::load(&settings.grants, 0)?;
+    let grants = Grants::load(&settings.grants, host.owner())?;
     let (uid, gid) = grants.worker.user.resolve()?;
     listen::run_directory(&settings.run_dir)?;
     let socket = match inherited {
@@ -71,22 +78,26 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
     };
     let audit = Audit::open(&settings.audit).map_err(at("the audit"))?;
     let ledger = Ledger::open(&settings.run_dir).map_err(at("the ledger"))?;
-    privilege::shed().map_err(at("giving up capabilities"))?;
+    if host.is_rehearsed() {
+        privilege::confine().map_err(at("giving up privileges"))?;
+    } else {
+        privilege::shed().map_err(at("giving up capabilities"))?;
+    }
 
     let expected = Expected { uid, unit: grants.worker.unit.clone() };
     // With /proc mounted hidepid and a gid= that is not root's, running VMs would look like ended ones.
     if std::fs::read("/proc/1/stat").is_err() {
         return Err(StartError::HiddenProc);
     }
-    let qemu_grants = vm::inventory::qemu_grants(&grants);
-    let findings = vm::adopt::find(&ledger).map_err(at("the ledger"))?;
+    let qemu_grants = vm::inventory::qemu_grants(&grants, host.owner());
+    let findings = vm::adopt::find(&ledger, &host).map_err(at("the ledger"))?;
     let supervisor = Rc::new(Supervisor {
         limiter: Limiter::new(&grants.limits, Instant::now()).into(),
         kvm: if grants.vms.kvm { KvmVerdict::Probing } else { KvmVerdict::NotGranted }.into(),
         grants,
         ledger,
         helpers: Helpers::default(),
-        host: Arc::new(Host::real()),
+        host: Arc::new(host),
         sessions: crate::session::Sessions::default(),
         hashes: crate::qemu::HashCache::default(),
         qemu_grants,

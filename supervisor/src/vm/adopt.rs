@@ -13,6 +13,7 @@
 //! | releasing       | (killed, if it lives)                  | free                                                |
 
 use super::{argv, release, watch};
+use crate::host::Host;
 use crate::ledger::{Ledger, Record, Unreadable};
 use crate::process;
 use crate::state::{Supervisor, Vm};
@@ -41,13 +42,13 @@ pub struct Findings {
 }
 
 /// Looks at every record. Runs before the loop does: it may wait a moment for half-made children.
-pub fn find(ledger: &Ledger) -> io::Result<Findings> {
+pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
     let (records, unreadable) = ledger.load()?;
     let mut findings = Findings { found: Vec::new(), unreadable, notes: Vec::new() };
     for mut record in records {
         let slot = record.slot;
         let process = record.run.as_ref().and_then(|run| run.process);
-        let mut pidfd = match process.map_or(Ok(None), |process| process::find(process, record.uid)) {
+        let mut pidfd = match process.map_or(Ok(None), |process| process::find(process, host.user_of(record.uid))) {
             Ok(pidfd) => pidfd,
             Err(error) => {
                 // "Can't look" is not "gone": the slot, its user id and its memory stay taken until it can be looked at.
@@ -62,7 +63,7 @@ pub fn find(ledger: &Ledger) -> io::Result<Findings> {
             SlotState::Claimed | SlotState::Exited | SlotState::Quarantined => pidfd = None,
             SlotState::Spawning => {
                 // Before its user is changed, a half-made child is still root's: `find` by the VM's user does not see it.
-                let child = process.map(|process| half_made(process, &record));
+                let child = process.map(|process| half_made(process, &record, host));
                 pidfd = child.flatten();
                 if pidfd.is_some() {
                     record.state = SlotState::Running;
@@ -112,7 +113,7 @@ pub fn find(ledger: &Ledger) -> io::Result<Findings> {
 }
 
 /// Waits until a child that was caught between fork and exec is QEMU under its own user (then it is adopted) or gone.
-fn half_made(recorded: crate::ledger::Process, record: &Record) -> Option<OwnedFd> {
+fn half_made(recorded: crate::ledger::Process, record: &Record, host: &Host) -> Option<OwnedFd> {
     let name = argv::process_name(record.slot);
     let until = Instant::now() + HALF_MADE_PATIENCE;
     loop {
@@ -120,13 +121,13 @@ fn half_made(recorded: crate::ledger::Process, record: &Record) -> Option<OwnedF
         if start_time != recorded.start_time {
             return None;
         }
-        let found = process::find(recorded, record.uid).ok()?;
+        let found = process::find(recorded, host.user_of(record.uid)).ok()?;
         if found.is_some() && process::runs_as(recorded.pid, &name) {
             return found;
         }
         if Instant::now() >= until {
             // It neither became QEMU nor went: end it, while its identity is beyond doubt.
-            if let Some(pidfd) = found.or_else(|| process::find(recorded, 0).ok()?) {
+            if let Some(pidfd) = found.or_else(|| process::find(recorded, host.owner()).ok()?) {
                 let _ = release::end(&pidfd);
             }
             return None;

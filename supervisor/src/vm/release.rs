@@ -18,6 +18,8 @@ const END_PATIENCE: Duration = Duration::from_secs(8);
 struct Undo {
     record: Record,
     pidfd: Option<OwnedFd>,
+    /// The user that its process has.
+    uid: u32,
 }
 
 pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &Release) -> Result<Released, Error> {
@@ -41,7 +43,8 @@ fn vet(supervisor: &Supervisor, row: &Operation, tenancy: Tenancy) -> Result<Vet
     supervisor.check_state(row, tenancy)?;
     let (record, pidfd) = supervisor.with(tenancy, |vm| (vm.record.clone(), vm.pidfd.as_ref().map(|fd| fd.try_clone())))?;
     let pidfd = pidfd.transpose().map_err(|error| Error::io("dup", &error))?;
-    Ok(Vetted::by_vet(Undo { record: Record { state: SlotState::Releasing, ..record }, pidfd }))
+    let uid = supervisor.host.user_of(record.uid);
+    Ok(Vetted::by_vet(Undo { uid, record: Record { state: SlotState::Releasing, ..record }, pidfd }))
 }
 
 /// In reverse: the process, and then what it stood on.
@@ -52,7 +55,7 @@ fn undo(vetted: Vetted<Undo>, ledger: &Ledger) -> Result<(), Error> {
         (Some(pidfd), _) => end(pidfd)?,
         // It could not be looked at before. Until it can, neither its user id nor its memory is free.
         (None, Some(recorded)) => {
-            let found = process::find(recorded, undo.record.uid).map_err(|error| Error::io("look at the process", &error))?;
+            let found = process::find(recorded, undo.uid).map_err(|error| Error::io("look at the process", &error))?;
             found.as_ref().map_or(Ok(()), end)?;
         }
         (None, None) => {}

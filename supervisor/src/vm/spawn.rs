@@ -165,6 +165,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
     };
     let known = supervisor.hashes.get(&granted.path);
     let roles = ask.spec.fds();
+    let owner = supervisor.host.owner();
     let formats: Vec<DiskFormat> = ask.spec.disks.iter().map(|disk| disk.format).collect();
     supervisor
         .act(row, ask.tenancy.slot, "look at the files", move || {
@@ -177,7 +178,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
                     fd::no_external_data(fd, index)?;
                 }
             }
-            let (program, hashed) = qemu::open(&name, &granted, known)?;
+            let (program, hashed) = qemu::open(&name, &granted, owner, known)?;
             Ok(Facts { program, hashed, fds })
         })
         .await?
