@@ -203,7 +203,7 @@ operations! {
     VmSpawn("vm.spawn"): Spawn => Spawned {
         class: Class::Once,
         effect: Effect::Grant,
-        capability: &["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"],
+        capability: &["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_ADMIN"],
         states: &[SlotState::Claimed, SlotState::Exited],
         fds_in: &["log", "console", "kernel?", "initrd?", "firmware?", "disk*", "tap*"],
         fds_out: &["pidfd", "qmp"],

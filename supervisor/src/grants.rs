@@ -122,6 +122,9 @@ pub struct Program {
     pub path: PathBuf,
     /// The file's SHA-256, hex; without it, its path, owner and mode decide.
     pub sha256: Option<String>,
+    /// Directories of libraries and firmware that it needs beside the system's own (`/usr/lib`, `/usr/share/qemu` and the like): its jail has no others.
+    #[serde(default)]
+    pub libraries: Vec<PathBuf>,
 }
 
 /// What QEMU's user-mode network may do.
@@ -247,6 +250,9 @@ impl Grants {
             if !qemu.path.is_absolute() {
                 return refuse("qemu.*.path", format!("{} is not an absolute path", qemu.path.display()));
             }
+            if let Some(directory) = qemu.libraries.iter().find(|directory| !plain(directory)) {
+                return refuse("qemu.*.libraries", format!("{} is not an absolute path without `.` and `..`, or is the root", directory.display()));
+            }
             if qemu.sha256.as_ref().is_some_and(|hex| hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))) {
                 return refuse("qemu.*.sha256", format!("the hash of {name:?} is not 64 lower-case hex digits"));
             }
@@ -276,37 +282,51 @@ fn in_one_line(text: &str, error: &toml::de::Error) -> String {
     format!("line {line}, column {column}: {message}")
 }
 
+fn plain(path: &Path) -> bool {
+    use std::path::Component;
+    let mut parts = path.components();
+    parts.next() == Some(Component::RootDir) && parts.as_path() != Path::new("") && parts.all(|part| matches!(part, Component::Normal(_)))
+}
+
 /// Opens a file that only `owner` can have written: the file, and every directory above it.
 pub fn open_trusted(path: &Path, owner: u32) -> Result<File, GrantsError> {
-    let io = |path: &Path, error: std::io::Error| GrantsError::Io { path: path.to_owned(), error };
-    let absolute = std::path::absolute(path).map_err(|error| io(path, error))?;
-    for directory in absolute.ancestors().skip(1) {
-        let meta = std::fs::symlink_metadata(directory).map_err(|error| io(directory, error))?;
-        if meta.is_symlink() {
-            return Err(GrantsError::Untrusted {
-                path: directory.to_owned(),
-                reason: "is a symbolic link".into(),
-                mend: "name the file by its real path".into(),
-            });
-        }
-        // In a sticky directory others can add files and can't replace root's (/tmp).
-        let sticky = meta.mode() & 0o1000 != 0;
-        check_owner(directory, &meta, owner, if sticky { 0 } else { 0o022 })?;
-    }
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file: File = match rustix::fs::open(&absolute, flags, Mode::empty()) {
-        Ok(file) => file.into(),
-        Err(rustix::io::Errno::LOOP) => {
-            return Err(GrantsError::Untrusted { path: path.to_owned(), reason: "is a symbolic link".into(), mend: "name the file by its real path".into() });
-        }
-        Err(error) => return Err(io(path, error.into())),
-    };
-    let meta = file.metadata().map_err(|error| io(path, error))?;
+    let file = open_below_trusted(path, owner, OFlags::RDONLY | OFlags::NONBLOCK, "name the file by its real path")?;
+    let meta = file.metadata().map_err(|error| GrantsError::Io { path: path.to_owned(), error })?;
     if !meta.is_file() {
         return Err(GrantsError::Untrusted { path: path.to_owned(), reason: "is not a regular file".into(), mend: "write it as one".into() });
     }
     check_owner(path, &meta, owner, 0o022)?;
     Ok(file)
+}
+
+/// Opens a directory that only `owner` can have filled, in the same way. What is in it is not looked at: its owner has put it there.
+pub fn open_trusted_directory(path: &Path, owner: u32) -> Result<File, GrantsError> {
+    let directory = open_below_trusted(path, owner, OFlags::PATH | OFlags::DIRECTORY, "name a directory by its real path")?;
+    let meta = directory.metadata().map_err(|error| GrantsError::Io { path: path.to_owned(), error })?;
+    check_owner(path, &meta, owner, 0o022)?;
+    Ok(directory)
+}
+
+fn open_below_trusted(path: &Path, owner: u32, flags: OFlags, mend: &str) -> Result<File, GrantsError> {
+    let io = |path: &Path, error: std::io::Error| GrantsError::Io { path: path.to_owned(), error };
+    let link = |path: &Path| GrantsError::Untrusted { path: path.to_owned(), reason: "is a symbolic link".into(), mend: mend.into() };
+    let absolute = std::path::absolute(path).map_err(|error| io(path, error))?;
+    for directory in absolute.ancestors().skip(1) {
+        let meta = std::fs::symlink_metadata(directory).map_err(|error| io(directory, error))?;
+        if meta.is_symlink() {
+            return Err(link(directory));
+        }
+        // In a sticky directory others can add files and can't replace root's (/tmp).
+        let sticky = meta.mode() & 0o1000 != 0;
+        check_owner(directory, &meta, owner, if sticky { 0 } else { 0o022 })?;
+    }
+    match rustix::fs::open(&absolute, flags | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty()) {
+        Ok(file) => Ok(file.into()),
+        Err(rustix::io::Errno::LOOP) => Err(link(path)),
+        // With O_DIRECTORY a link is no directory.
+        Err(rustix::io::Errno::NOTDIR) if std::fs::symlink_metadata(&absolute).is_ok_and(|meta| meta.is_symlink()) => Err(link(path)),
+        Err(error) => Err(io(path, error.into())),
+    }
 }
 
 fn check_owner(path: &Path, meta: &std::fs::Metadata, owner: u32, forbidden: u32) -> Result<(), GrantsError> {
@@ -367,6 +387,22 @@ mod tests {
         let link = dir.path().join("link.toml");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         Grants::load(&link, me()).unwrap_err();
+    }
+
+    #[test]
+    fn a_directory_of_libraries_is_only_roots_and_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        open_trusted_directory(dir.path(), me()).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("/usr/lib", &link).unwrap();
+        assert!(open_trusted_directory(&link, me()).unwrap_err().to_string().contains("symbolic link"));
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(open_trusted_directory(dir.path(), me()).unwrap_err().to_string().contains("can be written by others"));
+        for bad in ["lib", "/", "/opt/../etc", ""] {
+            let sentence = load(&format!("{GOOD}libraries = [{bad:?}]\n")).unwrap_err().to_string();
+            assert!(sentence.contains("libraries"), "{sentence}");
+        }
+        load(&format!("{GOOD}libraries = [\"/opt/qemu/lib\"]\n")).unwrap();
     }
 
     #[test]

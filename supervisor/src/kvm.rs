@@ -19,7 +19,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
-const DEVICE: &str = "/dev/kvm";
+pub const DEVICE: &str = "/dev/kvm";
 /// The guest needs microseconds; a host that swaps may need longer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -78,9 +78,12 @@ fn run_probe(uid: u32) -> Result<KvmVerdict, Error> {
         argv: vec!["diarch-supervisor".into(), "probe-kvm".into()],
         fds: vec![null().map_err(io)?, writer.into(), null().map_err(io)?],
         uid,
-        extra_group: device_group(),
-        max_tasks: 16,
-        max_open_files: 64,
+        groups: device_group().into_iter().collect(),
+        limits: jail::Limits { tasks: 16, open_files: 64, locked_bytes: jail::LOCKED_BYTES },
+        root: jail::Root::of_a_program(jail::Proc::ReadOnly).node(DEVICE),
+        network: jail::Network::Own,
+        sockets: jail::Sockets::Unix,
+        sandbox: jail::Sandbox::Ours,
     };
     let pidfd = jail::fork(plan)?.open(PATIENCE)?;
     let ended = crate::process::wait_ended(&pidfd, PATIENCE).map_err(io)?;

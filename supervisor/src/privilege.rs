@@ -17,6 +17,8 @@ pub fn needed() -> CapsHashSet {
 pub fn shed() -> io::Result<()> {
     let fail = |error: caps::errors::CapsError| io::Error::other(error.to_string());
     let keep = needed();
+    // A device that reads and writes a guest's memory keeps all of it in place, and a child can only lower what it inherits. Where this is refused, such a child is.
+    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
     // The bounding set needs CAP_SETPCAP to shrink, so it goes first.
     for capability in caps::read(None, CapSet::Bounding).map_err(fail)?.difference(&keep) {
         caps::drop(None, CapSet::Bounding, *capability).map_err(fail)?;

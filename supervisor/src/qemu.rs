@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -72,6 +73,15 @@ pub fn open(name: &str, granted: &Program, owner: u32, known: Option<Hashed>) ->
     }
 }
 
+/// Opens the directories that it was granted beside the system's own: bound into its jail as they were opened.
+pub fn libraries(name: &str, granted: &Program) -> Result<Vec<(PathBuf, OwnedFd)>, Error> {
+    let open = |path: &PathBuf| match grants::open_trusted_directory(path, 0) {
+        Ok(directory) => Ok((path.clone(), directory.into())),
+        Err(error) => Err(Error::Unsupported { missing: format!("QEMU {name:?}: {error}") }),
+    };
+    granted.libraries.iter().map(open).collect()
+}
+
 fn hash(file: &mut File) -> std::io::Result<String> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 64 * 1024];
@@ -88,7 +98,7 @@ mod tests {
     use super::*;
 
     fn granted(path: &str, sha256: Option<&str>) -> Program {
-        Program { path: path.into(), sha256: sha256.map(str::to_owned) }
+        Program { path: path.into(), sha256: sha256.map(str::to_owned), libraries: Vec::new() }
     }
 
     #[test]

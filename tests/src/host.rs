@@ -119,6 +119,8 @@ pub struct Builder {
     pub memory_mib: u64,
     pub cpus_each: u16,
     pub kvm: bool,
+    /// Other programs of this workspace as `[qemu.NAME]`: the name, the program.
+    pub qemus: Vec<(&'static str, &'static str)>,
     /// More lines for the grants: `[limits]`, another `[qemu.NAME]`.
     pub grants_more: String,
     pub grants_mode: u32,
@@ -146,6 +148,7 @@ impl Host {
             memory_mib: 8192,
             cpus_each: 4,
             kvm: false,
+            qemus: Vec::new(),
             grants_more: String::new(),
             grants_mode: 0o644,
             audit_tmpfs_kib: None,
@@ -218,14 +221,15 @@ impl Builder {
             fs::copy(&built, &copy).expect("copy");
             copy
         };
+        // Always a copy: the supervisor starts only binaries that root alone can have written, wherever this was built.
+        let copied = |name: &str| {
+            let copy = at("bin").join(name);
+            fs::copy(binary(name), &copy).expect("copy");
+            mode(&copy, 0o755);
+            copy
+        };
         let qemu = match self.qemu {
-            // Always a copy: the supervisor starts only binaries that root alone can have written, wherever this was built.
-            Qemu::Stub => {
-                let copy = at("bin/diarch-stub-qemu");
-                fs::copy(binary("diarch-stub-qemu"), &copy).expect("copy");
-                mode(&copy, 0o755);
-                copy
-            }
+            Qemu::Stub => copied("diarch-stub-qemu"),
             Qemu::Real => crate::need::qemu().expect("need!(Qemu) comes first"),
         };
         fs::write(at("files/kernel"), "no kernel: the stub boots nothing\n").expect("write");
@@ -234,9 +238,10 @@ impl Builder {
         // Limits of the kernel's count per user id: two hosts at one time must not share theirs.
         let uid_first = 300_000 + unique() * 5_000;
         let unit = self.unit.as_ref().map(|u| format!("unit = {u:?}\n")).unwrap_or_default();
+        let others: String = self.qemus.iter().map(|(name, program)| format!("[qemu.{name}]\npath = {:?}\n", copied(program))).collect();
         let grants = format!(
             "[worker]\nuser = {}\n{unit}[vms]\nmax = {}\nuid_first = {uid_first}\nmemory_mib = {}\ncpus_each = {}\nkvm = {}\n\
-             [qemu.default]\npath = {:?}\n[forwards]\nallow = [\"127.0.0.1:1024-65535\"]\n{}\n",
+             [qemu.default]\npath = {:?}\n{others}[forwards]\nallow = [\"127.0.0.1:1024-65535\"]\n{}\n",
             WORKER.uid, self.vms_max, self.memory_mib, self.cpus_each, self.kvm, qemu, self.grants_more
         );
         fs::write(at("grants.toml"), grants).expect("write");

@@ -60,7 +60,8 @@ pub fn qemu_grants(grants: &crate::grants::Grants, owner: u32) -> Vec<QemuGrant>
     let look = |(name, granted): (&String, &crate::grants::Program)| {
         // The hash is left for the first spawn: it takes tens of milliseconds.
         let unhashed = crate::grants::Program { sha256: None, ..granted.clone() };
-        let trouble = qemu::open(name, &unhashed, owner, None).err().map(|error| error.to_string());
+        let trouble = qemu::open(name, &unhashed, owner, None).map(drop).and_then(|()| qemu::libraries(name, granted).map(drop)).err();
+        let trouble = trouble.map(|error| error.to_string());
         Some(QemuGrant { name: QemuName::new(name.as_str()).ok()?, path: granted.path.to_string_lossy().into_owned(), trouble })
     };
     grants.qemu.iter().filter_map(look).collect()

@@ -1,50 +1,100 @@
-//! Between fork and exec: how a process of a VM's own user is made, which no death of ours can leave half made.
+//! The jail: the one way in which a program is started here, and which no death of ours can leave half made.
 //!
 //! ```text
 //!   supervisor                                     child (still our program)
 //!   ----------                                     -------------------------
-//!   fork ------------------------------------------> keeps its own descriptors only
+//!   makes the tree's mounts, detached (`root`)
+//!   compiles the filter (`filter`)
+//!   clone -----------------------------------------> in new namespaces: mounts, processes, IPC, network
+//!                                                    moves the mounts into a tree, and has no other root (`child`)
+//!                                                    keeps its own descriptors only
 //!                                                    waits at the gate (reads one byte)
 //!   writes pid and start time into the ledger             |   gate closed instead (we died): exits, nothing was started
 //!   has it moved into its scope (see `scope`)             |
 //!   opens the gate (writes one byte) ----------------->   v
-//!                                                    limits, groups, user, no_new_privs
+//!                                                    limits, capabilities, groups, user, no_new_privs, filter
 //!   reads: end of file = exec worked <-------------- execveat (the gate is close-on-exec)
-//!          8 bytes = step and errno  <-------------- or what failed; exits
+//!          12 bytes = step, part, errno <----------- or what failed; exits
 //! ```
 //!
 //! The child of a process with threads may only make system calls until it execs: no allocation, no lock, no Rust runtime. So everything it needs lies ready
-//! before the fork, and this module talks to the kernel directly. It is the only one that does, beside the KVM probe.
+//! before the clone. What takes its time (the namespaces, the tree) is done before the gate, beside the ledger and the scope.
+//!
+//! | file     |                                                                     |
+//! |----------|---------------------------------------------------------------------|
+//! | `root`   | what is in the tree                                                 |
+//! | `mount`  | detached mounts                                                     |
+//! | `filter` | system calls that are refused                                       |
+//! | `child`  | the steps of the child, in system calls                             |
+//!
+//! The program is process 1 of its namespace (`pid_namespaces(7)`), with what follows from that:
+//! * a signal that it has no handler for does not reach it, but for `SIGKILL`. QEMU handles `SIGTERM` from early on; before that, only `SIGKILL` ends it;
+//! * `abort(3)` can't raise `SIGABRT`, and ends by the fault that it causes then: `SIGSEGV` is what is seen;
+//! * when it ends, so does all that it started.
 
 #![allow(unsafe_code)]
 
+mod child;
+pub mod filter;
+pub mod mount;
+pub mod root;
+
+use child::{Made, Part, Prepared, REPORT, STEPS};
 use diarch_ipc::Error;
-use nix::errno::Errno;
+pub use filter::{Sandbox, Sockets};
 use nix::libc;
 use nix::sys::signal::SigmaskHow;
+pub use root::{Proc, Root};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, c_char, c_int, c_long};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// A process to be made.
 #[derive(Debug)]
 pub struct Plan {
-    /// The program, opened; executed from this descriptor.
+    /// The program, opened; executed from this descriptor. It need not be in the tree.
     pub program: OwnedFd,
     pub argv: Vec<String>,
     /// What becomes descriptor 0, 1, 2, ... of the process.
     pub fds: Vec<OwnedFd>,
     /// Its user and group, both the same number.
     pub uid: u32,
-    /// The group of `/dev/kvm`, for a VM that may use it.
-    pub extra_group: Option<u32>,
+    /// Other groups: that of `/dev/kvm`, for a VM that may use it.
+    pub groups: Vec<u32>,
+    pub limits: Limits,
+    pub root: Root,
+    pub network: Network,
+    pub sockets: Sockets,
+    pub sandbox: Sandbox,
+}
+
+/// What the kernel counts for the process or its user, hard and soft.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
     /// Threads and processes of this user at most.
-    pub max_tasks: u64,
-    pub max_open_files: u64,
+    pub tasks: u64,
+    pub open_files: u64,
+    /// Bytes of memory that can't be moved or swapped: none but [`LOCKED_BYTES`], unless a device reads and writes the guest's memory.
+    pub locked_bytes: u64,
+}
+
+/// Enough for a cryptographic library's keys.
+pub const LOCKED_BYTES: u64 = 64 * 1024;
+
+/// Which network it is in.
+#[derive(Debug)]
+pub enum Network {
+    /// One of its own, in which there is a loopback interface that is down.
+    Own,
+    /// The supervisor's, which is the host's.
+    Host,
+    /// This network namespace.
+    Given(OwnedFd),
 }
 
 /// A child that waits at the gate. Dropped, it is told to go, and is reaped.
@@ -53,6 +103,8 @@ pub struct Gated {
     pub pid: u32,
     pub pidfd: OwnedFd,
     gate: Option<UnixStream>,
+    /// The parts of its tree, for the sentence.
+    parts: Vec<String>,
 }
 
 impl Drop for Gated {
@@ -64,65 +116,97 @@ impl Drop for Gated {
     }
 }
 
-/// The steps of the child that can fail, for the sentence.
-const STEPS: [&str; 8] = ["gate", "signals", "descriptors", "limits", "capabilities", "groups", "user", "execve"];
-
-/// linux/keyctl.h.
-const KEYCTL_JOIN_SESSION_KEYRING: c_long = 1;
-
-/// What the child needs, as plain memory.
-struct Prepared {
-    program: RawFd,
-    argv: Vec<*const c_char>,
-    fds: Vec<RawFd>,
-    uid: u32,
-    groups: Vec<libc::gid_t>,
-    max_tasks: u64,
-    max_open_files: u64,
-    gate: RawFd,
-}
-
 /// One at a time: a child made in the middle of another's making could inherit a gate that nobody closes for it.
 static ONE_FORK: Mutex<()> = Mutex::new(());
 
-/// Forks. The child does nothing until [`Gated::open`].
+/// Makes the child. It becomes the program at [`Gated::open`], and not before.
 pub fn fork(plan: Plan) -> Result<Gated, Error> {
-    let _one = ONE_FORK.lock().unwrap_or_else(PoisonError::into_inner);
     let step = |name: &str, error: io::Error| Error::io(name, &error);
-    let (ours, theirs) = UnixStream::pair().map_err(|e| step("gate", e))?;
     let argv: Vec<CString> =
         plan.argv.iter().map(|arg| CString::new(arg.as_str()).map_err(|_| Error::invalid("argv", "an argument holds a NUL byte"))).collect::<Result<_, _>>()?;
     let mut pointers: Vec<*const c_char> = argv.iter().map(|arg| arg.as_ptr()).collect();
     pointers.push(std::ptr::null());
+    let mut filter = filter::program(plan.sandbox, plan.sockets).map_err(|e| step("system call filter", io::Error::other(e)))?;
+    // QEMU looks for its modules and firmware by a path from where it lies (`/usr/bin/../lib/...`), so that place must be there. The program is not in it.
+    let place = std::fs::read_link(format!("/proc/self/fd/{}", plan.program.as_raw_fd())).ok();
+    let place = place.as_deref().and_then(Path::parent).filter(|place| *place != Path::new("/"));
+    let root = match place {
+        Some(place) => plan.root.empty(place),
+        None => plan.root,
+    };
+    let tree = root.build()?;
+    let mut namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC;
+    let network = match &plan.network {
+        Network::Own => {
+            namespaces |= libc::CLONE_NEWNET;
+            None
+        }
+        Network::Host => None,
+        Network::Given(namespace) => Some(namespace.as_raw_fd()),
+    };
+    let parts = tree.parts.iter().map(|part| Part {
+        at: part.at.as_ptr(),
+        made: match &part.made {
+            root::Made::Mount(mount) => Made::Mount(mount.as_raw_fd()),
+            root::Made::Proc(proc) => Made::Proc { attributes: proc_attributes(*proc) },
+        },
+    });
+
+    let _one = ONE_FORK.lock().unwrap_or_else(PoisonError::into_inner);
+    let (ours, theirs) = UnixStream::pair().map_err(|e| step("gate", e))?;
     let mut prepared = Prepared {
         program: plan.program.as_raw_fd(),
         argv: pointers,
         fds: plan.fds.iter().map(AsRawFd::as_raw_fd).collect(),
         uid: plan.uid,
-        groups: plan.extra_group.into_iter().collect(),
-        max_tasks: plan.max_tasks,
-        max_open_files: plan.max_open_files,
+        groups: plan.groups,
+        tasks: plan.limits.tasks,
+        open_files: plan.limits.open_files,
+        locked_bytes: plan.limits.locked_bytes,
         gate: theirs.as_raw_fd(),
+        network,
+        root: tree.root.as_raw_fd(),
+        parts: parts.collect(),
+        filter: libc::sock_fprog {
+            len: u16::try_from(filter.len()).map_err(|e| step("system call filter", io::Error::other(e)))?,
+            filter: filter.as_mut_ptr().cast(),
+        },
     };
     let before = nix::sys::signal::SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK).map_err(|e| step("signals", e.into()))?;
-    // SAFETY: the child runs `child` only, which makes system calls on memory prepared above and never returns.
-    let forked = unsafe { libc::fork() };
+    let forked = clone_into(namespaces);
     let error = io::Error::last_os_error();
     if forked != 0 {
         before.thread_set_mask().map_err(|e| step("signals", e.into()))?;
     }
     match forked {
-        -1 => Err(step("fork", error)),
-        0 => child(&mut prepared),
+        -1 => Err(step("clone", error)),
+        0 => child::live(&mut prepared),
         pid => {
             drop(theirs);
-            let pid = u32::try_from(pid).map_err(|_| Error::Failed { step: "fork".into(), errno: None, detail: "no pid".into() })?;
+            let pid = u32::try_from(pid).map_err(|_| Error::Failed { step: "clone".into(), errno: None, detail: "no pid".into() })?;
             // Race-free: the child is ours and not reaped, so its number can't have been given to another.
-            let raw = Pid::from_raw(pid.cast_signed()).ok_or_else(|| step("fork", io::Error::from(io::ErrorKind::InvalidData)))?;
+            let raw = Pid::from_raw(pid.cast_signed()).ok_or_else(|| step("clone", io::Error::from(io::ErrorKind::InvalidData)))?;
             let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK).map_err(|e| step("pidfd_open", e.into()))?;
-            Ok(Gated { pid, pidfd, gate: Some(ours) })
+            Ok(Gated { pid, pidfd, gate: Some(ours), parts: tree.parts.into_iter().map(|part| part.name).collect() })
         }
     }
+}
+
+/// clone(2) as fork(2) is, into new namespaces. The system call itself: the C library's function wants a stack and a function to run on it.
+fn clone_into(namespaces: c_int) -> c_long {
+    let flags = c_long::from(namespaces | libc::SIGCHLD);
+    // SAFETY: without CLONE_VM the child has a copy of this memory and goes on here, on its own copy of this stack; all pointers are null. It runs `child::live`
+    // only, which makes system calls on memory prepared before and never returns.
+    unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) }
+}
+
+fn proc_attributes(proc: Proc) -> c_long {
+    let plain = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    let attributes = match proc {
+        Proc::ReadOnly => plain | libc::MOUNT_ATTR_RDONLY,
+        Proc::Writable => plain,
+    };
+    c_long::try_from(attributes).unwrap_or(0)
 }
 
 impl Gated {
@@ -132,133 +216,39 @@ impl Gated {
         let pidfd = self.pidfd.try_clone().map_err(|e| step("dup", &e))?;
         let Some(mut gate) = self.gate.take() else { return Err(Error::Failed { step: "gate".into(), errno: None, detail: "it was opened before".into() }) };
         gate.set_read_timeout(Some(within)).map_err(|e| step("gate", &e))?;
-        gate.write_all(&[1]).map_err(|e| step("gate", &e))?;
-        let mut report = [0u8; 8];
-        match gate.read_exact(&mut report) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(pidfd),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+        // A child that failed before it came to the gate has said why, and is gone.
+        let pushed = gate.write_all(&[1]);
+        let mut report = [0u8; REPORT];
+        match (gate.read_exact(&mut report), pushed) {
+            (Ok(()), _) => Err(self.reported(report)),
+            (Err(_), Err(error)) => Err(step("gate", &error)),
+            (Err(error), Ok(())) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(pidfd),
+            (Err(error), Ok(())) if error.kind() == io::ErrorKind::WouldBlock => {
                 let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
                 Err(Error::Timeout { step: "exec".into(), after_ms: u64::try_from(within.as_millis()).unwrap_or(u64::MAX) })
             }
-            Err(error) => Err(step("exec", &error)),
-            Ok(()) => {
-                let [a, b, c, d, e, f, g, h] = report;
-                let number = usize::try_from(u32::from_ne_bytes([a, b, c, d])).unwrap_or(usize::MAX);
-                let error = io::Error::from_raw_os_error(i32::from_ne_bytes([e, f, g, h]));
-                Err(step(STEPS.get(number).unwrap_or(&"child"), &error))
-            }
+            (Err(error), Ok(())) => Err(step("exec", &error)),
         }
     }
-}
 
-/// The child's whole life. Nothing here allocates or returns.
-fn child(with: &mut Prepared) -> ! {
-    let failed = confine(with);
-    let (step, errno) = failed;
-    let mut report = [0u8; 8];
-    report[..4].copy_from_slice(&step.to_ne_bytes());
-    report[4..].copy_from_slice(&errno.to_ne_bytes());
-    // SAFETY: `report` is 8 bytes; MSG_NOSIGNAL: a dead supervisor must not turn this into a signal.
-    unsafe { libc::send(with.gate, report.as_ptr().cast(), 8, libc::MSG_NOSIGNAL) };
-    // SAFETY: ends this process at once, without running anything of the parent's.
-    unsafe { libc::_exit(127) }
-}
-
-/// Turns this process into what the plan says; returns only to report the step and errno that failed.
-fn confine(with: &mut Prepared) -> (u32, c_int) {
-    macro_rules! check {
-        ($step:expr, $call:expr) => {
-            // SAFETY: a system call with arguments that live until it returns; its result is checked.
-            if unsafe { $call } < 0 {
-                return ($step, Errno::last_raw());
-            }
-        };
+    /// What the child has said of its failure, if it has: then what else fails is only what follows from that.
+    pub fn failure(&self) -> Option<Error> {
+        let mut gate = self.gate.as_ref()?;
+        gate.set_nonblocking(true).ok()?;
+        let mut report = [0u8; REPORT];
+        let said = gate.read_exact(&mut report);
+        gate.set_nonblocking(false).ok()?;
+        said.ok().map(|()| self.reported(report))
     }
-    // Signals: dispositions and mask as a new program expects them. First: until here all are blocked, as the supervisor's own handlers write to descriptors by number,
-    // and these numbers are about to be a disk's.
-    for signal in 1..=64 {
-        if signal != libc::SIGKILL && signal != libc::SIGSTOP && signal != 32 && signal != 33 {
-            // SAFETY: SIG_DFL is a valid disposition; 32 and 33 are glibc's own.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
+
+    fn reported(&self, report: [u8; REPORT]) -> Error {
+        let word = |at: usize| report.iter().skip(at).take(4).copied().collect::<Vec<u8>>().try_into().map(u32::from_ne_bytes).unwrap_or(u32::MAX);
+        let (number, part, errno) = (word(0), word(4), word(8).cast_signed());
+        let name = STEPS.get(usize::try_from(number).unwrap_or(usize::MAX)).unwrap_or(&"child");
+        let error = io::Error::from_raw_os_error(errno);
+        match self.parts.get(usize::try_from(part).unwrap_or(usize::MAX)) {
+            Some(path) if number == child::PART => Error::io(format!("{name}: {path}"), &error),
+            _ => Error::io(*name, &error),
         }
     }
-    // SAFETY: an all-zero sigset_t is an empty set on Linux.
-    let empty: libc::sigset_t = unsafe { std::mem::zeroed() };
-    check!(1, libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut()));
-    check!(1, libc::setsid());
-
-    // Descriptors: first out of the way of the numbers they are to have, then to those numbers, the program and the gate behind them. All others go now, and not
-    // at exec: while the parent's end of our gate is open here, or in a sister that waits at hers, the parent's death would not show.
-    let own = c_int::try_from(with.fds.len()).unwrap_or(c_int::MAX - 2);
-    for fd in with.fds.iter_mut().chain([&mut with.program, &mut with.gate]) {
-        // SAFETY: duplicates a descriptor we hold; the result is checked.
-        let moved = unsafe { libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, (own + 2).max(64)) };
-        if moved < 0 {
-            return (2, Errno::last_raw());
-        }
-        *fd = moved;
-    }
-    for (target, fd) in (0..).zip(&with.fds) {
-        check!(2, libc::dup2(*fd, target));
-    }
-    check!(2, libc::dup3(with.program, own, libc::O_CLOEXEC));
-    with.program = own;
-    check!(2, libc::dup3(with.gate, own + 1, libc::O_CLOEXEC));
-    with.gate = own + 1;
-    check!(2, libc::syscall(libc::SYS_close_range, (own + 2) as c_long, c_long::from(u32::MAX), 0));
-
-    let mut byte = 0u8;
-    // SAFETY: one byte into `byte`.
-    let got = unsafe { libc::read(with.gate, (&raw mut byte).cast(), 1) };
-    if got != 1 {
-        // The supervisor is gone, and the ledger says that nothing was started.
-        // SAFETY: as in `child`.
-        unsafe { libc::_exit(125) }
-    }
-
-    let limit = |value: u64| libc::rlimit { rlim_cur: value, rlim_max: value };
-    // No core: it would hold the guest's memory (THREATS 21).
-    let (core, files, tasks) = (limit(0), limit(with.max_open_files), limit(with.max_tasks));
-    check!(3, libc::setrlimit(libc::RLIMIT_CORE, &raw const core));
-    check!(3, libc::setrlimit(libc::RLIMIT_NOFILE, &raw const files));
-    check!(3, libc::setrlimit(libc::RLIMIT_NPROC, &raw const tasks));
-    check!(3, libc::chdir(c"/".as_ptr()));
-    // SAFETY: umask can't fail.
-    unsafe { libc::umask(0o077) };
-
-    // The supervisor's own score would keep QEMU alive longer than the host's daemons. Raising it needs no right, and only root's process may write here. A
-    // host that hides the file keeps its own ways.
-    // SAFETY: a path that lives, and flags.
-    let score = unsafe { libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
-    if score >= 0 {
-        check!(3, libc::write(score, c"0".as_ptr().cast(), 1));
-    }
-
-    // The bounding set goes first, while there is CAP_SETPCAP; EINVAL is the first number that is no capability.
-    for capability in 0..64 {
-        // SAFETY: a system call with integer arguments.
-        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } < 0 {
-            let errno = Errno::last_raw();
-            if errno == libc::EINVAL {
-                break;
-            }
-            return (4, errno);
-        }
-    }
-    check!(4, libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
-    // The system calls themselves: glibc's wrappers would want to tell threads that do not exist here.
-    check!(5, libc::syscall(libc::SYS_setgroups, with.groups.len(), with.groups.as_ptr()));
-    check!(5, libc::syscall(libc::SYS_setresgid, with.uid, with.uid, with.uid));
-    // Leaving uid 0 clears every capability set (capabilities(7)).
-    check!(6, libc::syscall(libc::SYS_setresuid, with.uid, with.uid, with.uid));
-    // A session keyring of its own: the one inherited is root's, and whoever possesses it reads what is in it (keyrings(7)). ENOSYS: a kernel
-    // without keys.
-    // SAFETY: a system call with an integer and a null pointer.
-    if unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<c_char>()) } < 0 && Errno::last_raw() != libc::ENOSYS {
-        return (6, Errno::last_raw());
-    }
-
-    let environment = [c"LC_ALL=C".as_ptr(), std::ptr::null()];
-    check!(7, libc::syscall(libc::SYS_execveat, with.program, c"".as_ptr(), with.argv.as_ptr(), environment.as_ptr(), libc::AT_EMPTY_PATH));
-    (7, 0)
 }

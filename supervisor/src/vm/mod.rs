@@ -11,7 +11,7 @@
 //! | `adopt`     | (at start)                    | finds again what an earlier supervisor made                  |
 //! | `watch`     | (event `vm.exited`)           | sees QEMU end                                                |
 //! | `argv`      |                               | the argument vector, from a typed specification              |
-//! | `jail`      |                               | between fork and exec                                        |
+//! | `jail`      |                               | what a program is started in, and how                        |
 //! | `scope`     |                               | its systemd unit, with the limits that the kernel keeps      |
 //! | `sockets`   |                               | QEMU's monitor and console sockets                           |
 //!

@@ -4,7 +4,7 @@
 //!   facts   what the descriptors are, the granted binary opened and hashed        (helper thread; changes nothing)
 //!   vet     pure: request x grants x ledger x facts -> Vetted<Launch>
 //!   record  state spawning, and who asked
-//!   act     sockets, fork, pid into the ledger                                      (helper thread; see `jail`)
+//!   act     sockets, the child in its jail, pid into the ledger                     (helper thread; see `jail`)
 //!           its scope, where systemd runs us                                        (see `scope`)
 //!           gate open, exec                                                         (helper thread)
 //!   record  state running
@@ -30,6 +30,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -39,6 +40,24 @@ const EXEC_PATIENCE: Duration = Duration::from_secs(5);
 const OWN_TASKS: u64 = 160;
 /// Descriptors for disks and for the connections of user-mode networking.
 const MAX_OPEN_FILES: u64 = 4096;
+/// The only place that QEMU can write, and how much: sockets and small files. It counts as memory of its scope.
+const OWN_DIRECTORY: &str = "/run/vm";
+const OWN_BYTES: u64 = 16 * 1024 * 1024;
+/// Where Debian, Fedora and their like keep QEMU's firmware, option ROMs and keymaps; some are links into others.
+const FIRMWARE: [&str; 12] = [
+    "/usr/share/qemu",
+    "/usr/share/seabios",
+    "/usr/share/seavgabios",
+    "/usr/share/sgabios",
+    "/usr/share/vgabios",
+    "/usr/share/ipxe",
+    "/usr/share/OVMF",
+    "/usr/share/ovmf",
+    "/usr/share/AAVMF",
+    "/usr/share/edk2",
+    "/usr/share/qemu-efi-aarch64",
+    "/usr/share/qemu-kvm",
+];
 
 /// What is known before anything is decided.
 struct Facts {
@@ -46,6 +65,8 @@ struct Facts {
     hashed: Option<qemu::Hashed>,
     /// The descriptors, interrogated.
     fds: Vec<OwnedFd>,
+    /// The binary's own directories, opened.
+    libraries: Vec<(PathBuf, OwnedFd)>,
 }
 
 /// A start that was vetted.
@@ -55,9 +76,19 @@ struct Launch {
     argv: Vec<String>,
     program: OwnedFd,
     fds: Vec<OwnedFd>,
-    extra_group: Option<u32>,
+    libraries: Vec<(PathBuf, OwnedFd)>,
+    accelerator: Accelerator,
+    network: Reach,
     max_tasks: u64,
     scope: Scope,
+}
+
+/// How far QEMU itself reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Nowhere,
+    /// Its user-mode network opens the guest's connections, and listens for its forwards, as a process of the host.
+    Host,
 }
 
 /// The answer, with the pidfd and a connection to the monitor.
@@ -179,7 +210,8 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
                 }
             }
             let (program, hashed) = qemu::open(&name, &granted, owner, known)?;
-            Ok(Facts { program, hashed, fds })
+            let libraries = qemu::libraries(&name, &granted)?;
+            Ok(Facts { program, hashed, fds, libraries })
         })
         .await?
 }
@@ -211,7 +243,9 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         argv: argv::render(&granted.path.to_string_lossy(), slot, &vm.record.label, spec),
         program: facts.program.into(),
         fds: facts.fds,
-        extra_group: if spec.accelerator == Accelerator::Kvm { kvm::device_group() } else { None },
+        libraries: facts.libraries,
+        accelerator: spec.accelerator,
+        network: if spec.nics.is_empty() { Reach::Nowhere } else { Reach::Host },
         max_tasks,
         scope: Scope::of(slot, &vm.record.label, spec, max_tasks),
     }))
@@ -303,6 +337,8 @@ async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot
     if supervisor.scopes
         && let Err(error) = scope::enclose(&waiting.scope, &waiting.gated).await
     {
+        // A child that failed while its scope was made is what the scope failed for.
+        let error = waiting.gated.failure().unwrap_or(error);
         // Its gate is closed, and its end waited for, on a helper: never in the loop.
         let _ = supervisor.act(row, slot, "end the child", move || drop(waiting)).await;
         return Err(error);
@@ -331,9 +367,12 @@ fn fork(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Waiting, Error> {
         argv: launch.argv,
         fds,
         uid: launch.record.uid,
-        extra_group: launch.extra_group,
-        max_tasks: launch.max_tasks,
-        max_open_files: MAX_OPEN_FILES,
+        groups: if launch.accelerator == Accelerator::Kvm { kvm::device_group().into_iter().collect() } else { Vec::new() },
+        limits: jail::Limits { tasks: launch.max_tasks, open_files: MAX_OPEN_FILES, locked_bytes: jail::LOCKED_BYTES },
+        root: root(launch.record.uid, launch.accelerator, launch.network, launch.libraries),
+        network: if launch.network == Reach::Host { jail::Network::Host } else { jail::Network::Own },
+        sockets: if launch.network == Reach::Host { jail::Sockets::Internet } else { jail::Sockets::Unix },
+        sandbox: jail::Sandbox::Ours,
     };
     let gated = jail::fork(plan)?;
     // Nothing runs yet: if the ledger can't take the pid, the gate closes and the child goes.
@@ -345,6 +384,25 @@ fn fork(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Waiting, Error> {
     }
     ledger.write(&launch.record).map_err(step("ledger"))?;
     Ok(Waiting { gated, scope: launch.scope, qmp, record: launch.record })
+}
+
+/// What QEMU finds: its libraries and firmware, its devices, a directory of its own.
+fn root(uid: u32, accelerator: Accelerator, network: Reach, libraries: Vec<(PathBuf, OwnedFd)>) -> jail::Root {
+    let mut root = jail::Root::of_a_program(jail::Proc::ReadOnly);
+    for path in FIRMWARE {
+        root = root.host_if_there(path);
+    }
+    for (path, directory) in libraries {
+        root = root.opened(path, directory);
+    }
+    if accelerator == Accelerator::Kvm {
+        root = root.node(kvm::DEVICE);
+    }
+    if network == Reach::Host {
+        // Its user-mode network asks the host's name servers for the guest.
+        root = root.host_if_there("/etc/resolv.conf");
+    }
+    root.own(OWN_DIRECTORY, uid, OWN_BYTES)
 }
 
 fn open(waiting: Waiting) -> Result<Launched, Error> {

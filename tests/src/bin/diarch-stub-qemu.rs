@@ -7,7 +7,7 @@
 //! |---------------------------|---------------------------------------------------------------------------|
 //! | `stub.say=TEXT`           | writes TEXT (`+` is a space) to stderr before anything else               |
 //! | `stub.exit=N`             | exits with N at once                                                      |
-//! | `stub.crash-after-ms=N`   | kills itself with SIGABRT N ms after its start                            |
+//! | `stub.crash-after-ms=N`   | aborts N ms after its start; in a jail that is seen as SIGSEGV            |
 //! | `stub.mute`               | accepts monitor clients and never says a word                             |
 //! | `stub.ignore-powerdown`   | is a guest that does not listen to its power button                       |
 //! | `stub.powerdown-ms=N`     | a guest that needs N ms to power off                                      |

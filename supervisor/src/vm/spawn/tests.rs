@@ -24,7 +24,7 @@ fn ask() -> Spawn {
         .unwrap()
 }
 fn facts() -> Facts {
-    Facts { program: File::open("/bin/true").unwrap(), hashed: None, fds: Vec::new() }
+    Facts { program: File::open("/bin/true").unwrap(), hashed: None, fds: Vec::new(), libraries: Vec::new() }
 }
 fn record(slot: u64, label: &str, state: SlotState, run: Option<Run>) -> Record {
     let slot = Slot::new(slot).unwrap();
@@ -78,7 +78,9 @@ fn the_example_is_accepted_and_recorded_before_it_exists() {
     assert_eq!(launch.record.state, SlotState::Spawning);
     let run = launch.record.run.as_ref().unwrap();
     assert_eq!((run.spawn, run.process), (id(5), None));
-    assert_eq!(launch.extra_group, None, "no group of /dev/kvm without KVM");
+    assert_eq!((launch.accelerator, launch.network), (Accelerator::Tcg, Reach::Host), "its user-mode network is the host's");
+    let alone = judged(&claimed(), |ask| ask.spec.nics.clear()).unwrap();
+    assert_eq!(alone.network, Reach::Nowhere);
 }
 
 #[test]
