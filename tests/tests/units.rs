@@ -162,10 +162,10 @@ fn what_the_supervisor_forks_is_not_kept_from_its_work() {
     for (key, open) in [("ProtectProc", "default"), ("ProcSubset", "all")] {
         assert!(unit.one(key).is_none_or(|value| value == open), "{key}");
     }
-    // A jail is a mount and a network namespace.
+    // A jail is one of each.
     if let Some(namespaces) = unit.one("RestrictNamespaces") {
         let open: BTreeSet<&str> = namespaces.split_whitespace().collect();
-        assert!(namespaces == "no" || (open.contains("mnt") && open.contains("net")), "{namespaces}");
+        assert!(namespaces == "no" || ["mnt", "net", "pid", "ipc"].iter().all(|kind| open.contains(kind)), "{namespaces}");
     }
     let allowed: BTreeSet<String> = unit.words("SystemCallFilter").into_iter().filter(|word| !word.starts_with('~')).collect();
     for needed in ["@system-service", "@mount", "seccomp"] {
@@ -335,7 +335,10 @@ const KNOWN: &[(&str, &str)] = &[
     // systemd.resource-control(5)
     ("Service", "MemoryMax TasksMax DevicePolicy DeviceAllow IPAddressDeny IPAddressAllow SocketBindDeny"),
     // systemd.exec(5)
-    ("Service", "User Group CapabilityBoundingSet AmbientCapabilities NoNewPrivileges KeyringMode UMask RemoveIPC OOMScoreAdjust LimitNOFILE LimitCORE"),
+    (
+        "Service",
+        "User Group CapabilityBoundingSet AmbientCapabilities NoNewPrivileges KeyringMode UMask RemoveIPC OOMScoreAdjust LimitNOFILE LimitCORE LimitMEMLOCK",
+    ),
     ("Service", "ProtectSystem ReadOnlyPaths ReadWritePaths NoExecPaths InaccessiblePaths ProtectHome PrivateTmp StateDirectory StateDirectoryMode"),
     ("Service", "ProtectKernelTunables ProtectControlGroups ProtectKernelModules ProtectKernelLogs ProtectClock ProtectHostname ProtectProc ProcSubset"),
     ("Service", "PrivateDevices PrivateIPC PrivateUsers RestrictAddressFamilies MemoryDenyWriteExecute RestrictNamespaces RestrictSUIDSGID"),

@@ -386,12 +386,14 @@ fn fork(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Waiting, Error> {
     Ok(Waiting { gated, scope: launch.scope, qmp, record: launch.record })
 }
 
+/// With the host's firmware for QEMU.
+pub fn firmware(root: jail::Root) -> jail::Root {
+    FIRMWARE.into_iter().fold(root, jail::Root::host_if_there)
+}
+
 /// What QEMU finds: its libraries and firmware, its devices, a directory of its own.
 fn root(uid: u32, accelerator: Accelerator, network: Reach, libraries: Vec<(PathBuf, OwnedFd)>) -> jail::Root {
-    let mut root = jail::Root::of_a_program(jail::Proc::ReadOnly);
-    for path in FIRMWARE {
-        root = root.host_if_there(path);
-    }
+    let mut root = firmware(jail::Root::of_a_program(jail::Proc::ReadOnly));
     for (path, directory) in libraries {
         root = root.opened(path, directory);
     }

@@ -100,6 +100,8 @@ struct Failed {
     errno: c_int,
 }
 
+type Step = fn(&mut Prepared) -> Result<(), Failed>;
+
 macro_rules! check {
     ($step:expr, $call:expr) => {
         check!($step, 0, $call)
@@ -116,7 +118,7 @@ macro_rules! check {
 
 /// Turns this process into what the plan says; returns only to report what failed.
 fn confine(with: &mut Prepared) -> Failed {
-    let steps: [fn(&mut Prepared) -> Result<(), Failed>; 8] = [start_anew, score, enter, place, wait, limit, drop_rights, become_program];
+    let steps: [Step; 8] = [start_anew, score, enter, place, wait, limit, drop_rights, become_program];
     for step in steps {
         if let Err(failed) = step(with) {
             return failed;

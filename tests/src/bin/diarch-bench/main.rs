@@ -6,6 +6,7 @@
 mod booted;
 mod death;
 mod footprint;
+mod jail;
 mod rpc;
 mod start;
 
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
             ("--guest", Some(dir)) => set_guest(&PathBuf::from(dir)),
             ("--only", Some(name)) => only.push(name),
             _ => {
-                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|death|footprint|booted]...");
+                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|jail|death|footprint|booted]...");
                 return ExitCode::from(2);
             }
         }
@@ -38,7 +39,8 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     type Part = (&'static str, fn());
-    let parts: [Part; 5] = [("rpc", rpc::run), ("start", start::run), ("death", death::run), ("footprint", footprint::run), ("booted", booted::run)];
+    let parts: [Part; 6] =
+        [("rpc", rpc::run), ("start", start::run), ("jail", jail::run), ("death", death::run), ("footprint", footprint::run), ("booted", booted::run)];
     for (name, part) in parts {
         if only.is_empty() || only.iter().any(|o| o == name) {
             eprintln!("bench: {name} ...");
