@@ -28,12 +28,14 @@ const KVM_API_VERSION: i32 = 12;
 const KVM_GET_API_VERSION: libc::c_ulong = 0xAE00;
 const KVM_CREATE_VM: libc::c_ulong = 0xAE01;
 const KVM_GET_VCPU_MMAP_SIZE: libc::c_ulong = 0xAE04;
+const KVM_GET_SUPPORTED_CPUID: libc::c_ulong = 0xC008_AE05;
 const KVM_CREATE_VCPU: libc::c_ulong = 0xAE41;
 const KVM_RUN: libc::c_ulong = 0xAE80;
 const KVM_SET_USER_MEMORY_REGION: libc::c_ulong = 0x4020_AE46;
 const KVM_GET_SREGS: libc::c_ulong = 0x8138_AE83;
 const KVM_SET_SREGS: libc::c_ulong = 0x4138_AE84;
 const KVM_SET_REGS: libc::c_ulong = 0x4090_AE82;
+const KVM_SET_CPUID2: libc::c_ulong = 0x4008_AE90;
 const KVM_EXIT_HLT: u32 = 5;
 /// `struct kvm_sregs`.
 const SREGS_BYTES: usize = 0x138;
@@ -49,6 +51,14 @@ struct MemoryRegion {
     guest_phys_addr: u64,
     memory_size: u64,
     userspace_addr: u64,
+}
+
+/// `struct kvm_cpuid2` with room for all that KVM may say (`KVM_MAX_CPUID_ENTRIES`); an entry is ten words.
+#[repr(C)]
+struct Cpuid {
+    entries: u32,
+    padding: u32,
+    entry: [[u32; 10]; 256],
 }
 
 /// The group that a process needs to open `/dev/kvm`, if a group helps.
@@ -202,6 +212,10 @@ fn run_guest(device: &File) -> Result<Ran, (&'static str, io::Error)> {
     // SAFETY: a shared mapping of the vcpu's own run area, of the size that KVM said.
     let run = unsafe { mmap(std::ptr::null_mut(), size, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &vcpu, 0) }.map_err(|e| ("mmap", e.into()))?;
 
+    // A processor that does not say that it has long mode is refused it (seen with Linux 6.12 and SVM: EINVAL for EFER).
+    let mut cpuid = Box::new(Cpuid { entries: 256, padding: 0, entry: [[0; 10]; 256] });
+    ioctl(kvm, KVM_GET_SUPPORTED_CPUID, (&raw mut *cpuid).addr() as u64, "KVM_GET_SUPPORTED_CPUID")?;
+    ioctl(vcpu.as_raw_fd(), KVM_SET_CPUID2, (&raw const *cpuid).addr() as u64, "KVM_SET_CPUID2")?;
     let mut sregs = SpecialRegisters { bytes: [0; SREGS_BYTES] };
     ioctl(vcpu.as_raw_fd(), KVM_GET_SREGS, (&raw mut sregs).addr() as u64, "KVM_GET_SREGS")?;
     sregs.long_mode();
