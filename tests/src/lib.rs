@@ -16,11 +16,13 @@
 //! | `stand_in` | the service manager that respawns the halves where there is no systemd                      |
 //! | `host`     | one whole Diarch in a directory, and the inventory that shows what was left behind          |
 //! | `machine`  | a Debian that was booted by a real systemd, with the package installed                      |
+//! | `lab`      | a Debian on an emulated machine, with devices to pass on and KVM                            |
 //! | `puppet`   | a worker without a will, in the worker's unit: asks what the test tells it to ask           |
 //! | `wire`     | connections under another user id, and frames that no honest worker sends                   |
 //! | `stepper`  | kills a process at one chosen system call                                                   |
 
 pub mod host;
+pub mod lab;
 pub mod machine;
 pub mod need;
 pub mod puppet;

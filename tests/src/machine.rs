@@ -36,7 +36,8 @@ pub use inventory::Inventory;
 pub use process::Process;
 
 use diarch_worker::control::protocol::{Phase, VmView};
-use guard::{Boot, Guard, Slot};
+pub(crate) use guard::Slot;
+use guard::{Boot, Guard};
 use process::{ancestors, name_of, ns_pids, processes, started};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use std::collections::BTreeMap;

@@ -18,6 +18,8 @@ pub enum Need {
     /// What [`Machine`](crate::machine::Machine) boots, and boots it with: root, systemd-nspawn, cgroup v2, and the tree (`tests/debian/build`) named by
     /// `DIARCH_TREE`.
     Machine,
+    /// What [`Lab`](crate::lab::Lab) boots, and boots it with: `mke2fs`, QEMU, and the image (`tests/lab/build`) named by `DIARCH_LAB`.
+    Lab,
     /// The package (`make deb`), named by `DIARCH_DEB`.
     Package,
 }
@@ -35,6 +37,15 @@ impl Need {
                     nspawn().is_none().then(|| "systemd-nspawn (apt install systemd-container)".into()),
                     crate::machine::hierarchy().is_none().then(|| "a cgroup v2 hierarchy (/sys/fs/cgroup or /sys/fs/cgroup/unified)".into()),
                     tree().is_none().then(|| "the test machine's Debian (run tests/debian/build as root and set DIARCH_TREE to its directory)".into()),
+                ];
+                let missing: Vec<String> = parts.into_iter().flatten().collect();
+                (!missing.is_empty()).then(|| missing.join(" and "))
+            }
+            Need::Lab => {
+                let parts = [
+                    Need::Qemu.missing(),
+                    program("mke2fs").is_none().then(|| "mke2fs (apt install e2fsprogs)".into()),
+                    lab().is_none().then(|| "the lab's image (run make lab and set DIARCH_LAB to its directory)".into()),
                 ];
                 let missing: Vec<String> = parts.into_iter().flatten().collect();
                 (!missing.is_empty()).then(|| missing.join(" and "))
@@ -74,6 +85,16 @@ pub fn tree() -> Option<PathBuf> {
     named.into_iter().find(|dir| dir.join("tree/usr/lib/systemd/systemd").exists() && dir.join("stamp").exists())
 }
 
+fn program(name: &str) -> Option<PathBuf> {
+    ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].iter().map(|d| PathBuf::from(d).join(name)).find(|p| p.exists())
+}
+
+/// The directory with `vmlinuz`, `initrd.img`, `root.img` and `stamp`.
+pub fn lab() -> Option<PathBuf> {
+    let named = std::env::var_os("DIARCH_LAB").map(PathBuf::from).and_then(|dir| std::fs::canonicalize(dir).ok());
+    named.into_iter().find(|dir| ["vmlinuz", "initrd.img", "root.img", "stamp"].iter().all(|name| dir.join(name).exists()))
+}
+
 /// The `.deb`.
 pub fn package() -> Option<PathBuf> {
     std::env::var_os("DIARCH_DEB").map(PathBuf::from).filter(|deb| deb.is_file())
@@ -100,7 +121,7 @@ pub fn met(test: &str, needs: &[Need]) -> bool {
 macro_rules! need {
     ($($need:expr),+ $(,)?) => {{
         #[allow(unused_imports)]
-        use $crate::need::Need::{Guest, Kernel, Machine, Package, Qemu, Root};
+        use $crate::need::Need::{Guest, Kernel, Lab, Machine, Package, Qemu, Root};
         let name = std::thread::current().name().unwrap_or(module_path!()).to_owned();
         if !$crate::need::met(&name, &[$($need),+]) {
             return;

@@ -133,7 +133,7 @@ impl Builder {
     pub fn boot(self) -> Machine {
         let tree = crate::need::tree().expect("need!(Machine) comes first");
         let layer = self.deb.as_ref().map(|deb| layer::of(&tree, deb));
-        let slot = Slot::wait();
+        let slot = Slot::of_a_machine();
         let dir = Machine::directory();
         let seed = Seed(dir.join("seed"));
         match &self.grants {

@@ -25,7 +25,7 @@ pub fn hierarchy() -> Option<PathBuf> {
     ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].iter().map(PathBuf::from).find(|dir| dir.join("cgroup.controllers").exists())
 }
 
-/// The right to run one machine on this host, until it is dropped.
+/// The right to run one of a few such machines on this host, until it is dropped.
 #[derive(Debug)]
 pub struct Slot {
     pub number: u32,
@@ -33,11 +33,16 @@ pub struct Slot {
 }
 
 impl Slot {
-    pub fn wait() -> Slot {
-        let until = Instant::now() + SLOT_PATIENCE;
+    pub fn of_a_machine() -> Slot {
+        Slot::wait("diarch-machine", SLOTS, SLOT_PATIENCE)
+    }
+
+    /// One of `count` that share a name.
+    pub fn wait(name: &str, count: u32, patience: Duration) -> Slot {
+        let until = Instant::now() + patience;
         loop {
-            for number in 0..SLOTS {
-                let path = format!("/run/lock/diarch-machine.{number}");
+            for number in 0..count {
+                let path = format!("/run/lock/{name}.{number}");
                 let mut options = fs::File::options();
                 // Anybody may make files in that directory: a link is not followed. (/run/lock is in every Debian, also without systemd.)
                 options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW);
@@ -46,7 +51,7 @@ impl Slot {
                     return Slot { number, _lock: lock };
                 }
             }
-            assert!(Instant::now() < until, "{SLOTS} other machines have been running for {SLOT_PATIENCE:?}");
+            assert!(Instant::now() < until, "{count} others ({name}) have been running for {patience:?}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }

@@ -41,7 +41,7 @@ pub fn of(tree: &Path, deb: &Path) -> PathBuf {
     lock.lock().expect("flock");
     if !layer.exists() {
         let boot = Boot { save: Some(layer.clone()), limit: Duration::from_secs(180), ..Boot::default() };
-        let machine = Machine::start(tree, Machine::directory(), &boot, Slot::wait());
+        let machine = Machine::start(tree, Machine::directory(), &boot, Slot::of_a_machine());
         machine.guard.wait_booted();
         install(&machine, deb).expect_success("dpkg -i");
         // Its systemd has seen the units; what it has queued for them is done before the lights go out.
