@@ -9,6 +9,7 @@
 
 use crate::vmfile::Machine;
 use diarch_ipc::name::{Label, Slot};
+use diarch_ipc::operation::TapOpened;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -85,6 +86,8 @@ pub struct Started {
     /// The VM file's name.
     pub file: String,
     pub machine: Machine,
+    #[serde(default)]
+    pub tap: Option<TapOpened>,
 }
 
 /// The directory of these files.
@@ -239,7 +242,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let vm = desired("a");
         let store = Store::open(dir.path()).unwrap();
-        let started = Started { slot: Slot::new(1).unwrap(), spawned_ms: 5, file: vm.file, machine: vm.machine };
+        let started = Started { slot: Slot::new(1).unwrap(), spawned_ms: 5, file: vm.file, machine: vm.machine, tap: None };
         store.save_started(&vm.name, &started).unwrap();
         assert_eq!(store.started(&vm.name), Some(started));
         std::fs::write(dir.path().join("vms/a.json"), "{\"slot\":").unwrap();

@@ -14,11 +14,12 @@ use crate::journal::Journal;
 use crate::systemd::Systemd;
 use diarch_ipc::Error;
 use diarch_ipc::client::{Client, Restarter, Settings, State};
-use diarch_ipc::name::{Label, Slot, Tenancy};
+use diarch_ipc::name::{Bdf, Forward, IpText, Label, NicIndex, Port, Protocol, ShareName, Slot, SocketName, Tenancy};
 use diarch_ipc::operation::{
-    Ask, Attach, Claim, Console, Event, ExitStatus, HostInventory, Inventory, KvmVerdict, Release, Signal, SignalKind, Spawn, Spawned, VmRecord,
+    Ask, Attach, AttachMount, Bind, Claim, ConnectSocket, Console, DetachMount, DeviceRecord, DeviceState, Event, ExitStatus, HostInventory, Inventory,
+    KvmVerdict, Listen, OpenTap, Publish, Recover, Release, Signal, SignalKind, Spawn, Spawned, TapOpened, Unbind, VmRecord, Withdraw,
 };
-use diarch_ipc::spec::VmSpec;
+use diarch_ipc::spec::{DiskAccess, VmSpec};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
@@ -29,6 +30,8 @@ use tokio::sync::{mpsc, watch};
 
 /// How long a call is waited for: the longest operation (10 s) and a supervisor that needs all three restarts (13.5 s) fit in.
 const CALL: Duration = Duration::from_secs(30);
+/// As above, where a driver is waited for (60 s), or a slot's devices go back to theirs.
+const DEVICE_CALL: Duration = Duration::from_secs(80);
 
 /// What the supervisor says of a slot without being asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,7 +113,55 @@ impl Link {
     }
 
     pub async fn release(&self, tenancy: Tenancy) -> Result<(), Error> {
-        self.ask(Release { tenancy }, Vec::new()).await.map(drop)
+        self.client.call(Release { tenancy }, Vec::new(), DEVICE_CALL).await.map(drop)
+    }
+
+    pub async fn bind(&self, tenancy: Tenancy, function: &Bdf) -> Result<DeviceRecord, Error> {
+        Ok(self.client.call(Bind { tenancy, function: function.clone() }, Vec::new(), DEVICE_CALL).await?.0.device)
+    }
+
+    pub async fn unbind(&self, tenancy: Tenancy, function: &Bdf) -> Result<(), Error> {
+        self.client.call(Unbind { tenancy, function: function.clone() }, Vec::new(), DEVICE_CALL).await.map(drop)
+    }
+
+    pub async fn recover(&self, tenancy: Tenancy, function: &Bdf) -> Result<DeviceRecord, Error> {
+        Ok(self.client.call(Recover { tenancy, function: function.clone() }, Vec::new(), DEVICE_CALL).await?.0.device)
+    }
+
+    /// With as many descriptors as queues were asked for.
+    pub async fn open_tap(&self, ask: OpenTap) -> Result<(TapOpened, Vec<OwnedFd>), Error> {
+        let queues = usize::from(ask.queues.get());
+        let (opened, fds) = self.ask(ask, Vec::new()).await?;
+        if fds.len() == queues { Ok((opened, fds)) } else { Err(short("tap.open")) }
+    }
+
+    /// These, and no others.
+    pub async fn publish(&self, tenancy: Tenancy, nic: NicIndex, forwards: Vec<Forward>) -> Result<(), Error> {
+        self.ask(Publish { tenancy, nic, forwards }, Vec::new()).await.map(drop)
+    }
+
+    pub async fn withdraw(&self, tenancy: Tenancy) -> Result<(), Error> {
+        self.ask(Withdraw { tenancy }, Vec::new()).await.map(drop)
+    }
+
+    pub async fn attach_share(&self, tenancy: Tenancy, share: &ShareName, access: DiskAccess) -> Result<(), Error> {
+        self.ask(AttachMount { tenancy, share: share.clone(), access }, Vec::new()).await.map(drop)
+    }
+
+    pub async fn detach_share(&self, tenancy: Tenancy, share: &ShareName) -> Result<(), Error> {
+        self.ask(DetachMount { tenancy, share: share.clone() }, Vec::new()).await.map(drop)
+    }
+
+    /// A socket that is bound to this port of the host; for TCP it listens.
+    pub async fn listen(&self, protocol: Protocol, address: IpText, port: Port) -> Result<OwnedFd, Error> {
+        let (_, fds) = self.ask(Listen { protocol, address, port }, Vec::new()).await?;
+        fds.into_iter().next().ok_or_else(|| short("port.listen"))
+    }
+
+    /// A connection to the socket that the grants call so.
+    pub async fn connect_socket(&self, socket: &SocketName) -> Result<OwnedFd, Error> {
+        let (_, fds) = self.ask(ConnectSocket { socket: socket.clone() }, Vec::new()).await?;
+        fds.into_iter().next().ok_or_else(|| short("socket.connect"))
     }
 
     /// Everything that the supervisor owns, page by page.
@@ -216,7 +267,11 @@ impl Link {
                 return;
             }
             Event::DeviceQuarantined { function, group, reason } => {
-                journal.warn("device.quarantined", format!("{function} (IOMMU group {group}): {reason}"));
+                let message = format!("{function} (IOMMU group {group}): {reason}; 'diarch device recover {function}' tries to reset it");
+                match self.quarantine(group, reason) {
+                    Some(label) => journal.note(Some(&label), "device.quarantined", message),
+                    None => journal.warn("device.quarantined", message),
+                }
                 return;
             }
             Event::SessionSuperseded {} => return,
@@ -225,6 +280,21 @@ impl Link {
         if let Some(to) = slots.get(&slot) {
             let _ = to.send(event);
         }
+    }
+}
+
+impl Link {
+    /// Takes down what an event says of a device, so that what is shown is not older than what was said. Gives whose it is.
+    fn quarantine(&self, group: u32, reason: String) -> Option<Label> {
+        let mut label = None;
+        self.facts.send_modify(|facts| {
+            if let Some(record) = facts.iter_mut().flat_map(|facts| &mut facts.devices).find(|record| record.group == group) {
+                record.state = DeviceState::Quarantined;
+                record.trouble = Some(reason);
+                label.clone_from(&record.label);
+            }
+        });
+        label
     }
 }
 

@@ -23,6 +23,7 @@
 
 mod bring_down;
 mod ending;
+mod equipment;
 pub mod launch;
 mod pace;
 mod qemu;
@@ -38,8 +39,9 @@ use crate::state::Store;
 use crate::supervisor::Link;
 use crate::vmfile::{Desired, Health, Machine, RestartPolicy};
 use diarch_ipc::name::{Label, Tenancy};
-use diarch_ipc::operation::{SlotState, VmRecord};
+use diarch_ipc::operation::{ExitStatus, SlotState, TapOpened, VmRecord};
 use diarch_ipc::spec::Accelerator;
+use equipment::Equipment;
 use pace::{Next, Pace};
 use qemu::Qemu;
 use std::sync::Arc;
@@ -107,6 +109,8 @@ pub struct Intent {
     pub starts: u64,
     /// Raised: a QEMU that runs is stopped first.
     pub restarts: u64,
+    /// Raised: its devices are reset before the next start.
+    pub recovers: u64,
     /// One sentence for people.
     pub why: String,
 }
@@ -136,6 +140,8 @@ pub struct Status {
     pub retry_ms: Option<u64>,
     /// What it was started as.
     pub machine: Option<Arc<Machine>>,
+    /// The tap of its network card.
+    pub tap: Option<TapOpened>,
     pub revision: Option<String>,
     pub file: Option<String>,
     /// The intent's counters when it was last started: who waits for a start knows by them which start it sees.
@@ -172,6 +178,7 @@ impl Status {
             last_exit: None,
             retry_ms: None,
             machine: None,
+            tap: None,
             revision: None,
             file: None,
             seen_starts: 0,
@@ -188,6 +195,7 @@ pub struct Found {
     pub record: VmRecord,
     /// What it was started as, where that is on record.
     pub machine: Option<Machine>,
+    pub tap: Option<TapOpened>,
     pub file: Option<String>,
 }
 
@@ -196,7 +204,7 @@ impl Found {
         let activity = match self.record.state {
             SlotState::Claimed => Activity::Claimed,
             SlotState::Spawning | SlotState::Running => Activity::Running,
-            SlotState::Exited => Activity::Ended(self.record.exit.unwrap_or(diarch_ipc::operation::ExitStatus::Unknown)),
+            SlotState::Exited => Activity::Ended(self.record.exit.unwrap_or(ExitStatus::Unknown)),
             SlotState::Releasing => Activity::Stopping,
             SlotState::Quarantined => Activity::Quarantined,
         };
@@ -224,8 +232,7 @@ impl Handle {
     pub fn start(context: Arc<Context>, name: Label, intent: Intent, found: Option<Found>) -> Self {
         let (intent_in, intent_out) = watch::channel(intent);
         let (status_in, status) = watch::channel(Status::new());
-        let vm =
-            Vm { context, name: name.clone(), intent: intent_out, status: status_in, tenancy: None, pace: Pace::default(), told_failed: None, health: None };
+        let vm = Vm::new(context, name.clone(), intent_out, status_in);
         // Boxed: the largest of its states would otherwise be paid for twice while the task is made.
         let task = tokio::spawn(Box::pin(vm.run(found))).abort_handle();
         Self { name, intent: intent_in, status, task }
@@ -272,6 +279,9 @@ struct Vm {
     intent: watch::Receiver<Intent>,
     status: watch::Sender<Status>,
     tenancy: Option<Tenancy>,
+    equipment: Equipment,
+    /// The intent's `recovers` when devices were last reset for it.
+    recovered: u64,
     pace: Pace,
     /// Why it is failed, as it was told: a retry that fails the same way is no news.
     told_failed: Option<String>,
@@ -294,6 +304,11 @@ enum Stage {
 }
 
 impl Vm {
+    fn new(context: Arc<Context>, name: Label, intent: watch::Receiver<Intent>, status: watch::Sender<Status>) -> Self {
+        let (tenancy, equipment, pace) = (None, Equipment::default(), Pace::default());
+        Self { context, name, intent, status, tenancy, equipment, recovered: 0, pace, told_failed: None, health: None }
+    }
+
     async fn run(mut self, found: Option<Found>) {
         let _alarm = Alarm { name: self.name.clone(), notes: self.context.notes.clone() };
         let mut stage = self.first_stage(found);
@@ -313,11 +328,17 @@ impl Vm {
     fn first_stage(&mut self, found: Option<Found>) -> Stage {
         let Some(found) = found else { return self.wanted() };
         self.tenancy = Some(found.record.tenancy());
+        self.equipment = {
+            let facts = self.context.link.facts();
+            let facts = facts.borrow();
+            Equipment::found(found.record.slot, found.machine.as_ref(), facts.as_ref().map_or(&[], |facts| &facts.devices))
+        };
         self.set(|status| status.tenancy = Some(found.record.tenancy()));
         match found.record.state {
             SlotState::Spawning | SlotState::Running | SlotState::Quarantined => Stage::Adopt(Box::new(found)),
             SlotState::Exited => {
-                let exit = found.record.exit.unwrap_or(diarch_ipc::operation::ExitStatus::Unknown);
+                let exit = found.record.exit.unwrap_or(ExitStatus::Unknown);
+                self.take_note_of_exit(exit);
                 self.set(|status| status.last_exit = Some(format!("{exit}, while no worker watched")));
                 self.wanted()
             }
@@ -449,8 +470,7 @@ impl Vm {
                 Ok(()) | Err(diarch_ipc::Error::NotFound { .. }) => {
                     self.context.link.unsubscribe(tenancy.slot);
                     self.context.store.forget_started(&self.name);
-                    self.tenancy = None;
-                    self.set(|status| status.tenancy = None);
+                    self.without_slot();
                 }
                 Err(error) => {
                     tracing::warn!(vm = %self.name, slot = %tenancy.slot, %error, "a slot can't be released yet");
@@ -458,6 +478,23 @@ impl Vm {
                     pause = (pause * 2).min(Duration::from_secs(30));
                 }
             }
+        }
+    }
+
+    /// What hung on the slot went with it.
+    fn without_slot(&mut self) {
+        self.tenancy = None;
+        self.equipment = Equipment::default();
+        self.set(|status| {
+            status.tenancy = None;
+            status.tap = None;
+        });
+    }
+
+    /// A QEMU that did not close its devices in order leaves them in the middle of what they did.
+    fn take_note_of_exit(&mut self, status: ExitStatus) {
+        if status != ExitStatus::Code(0) {
+            self.equipment.soil();
         }
     }
 

@@ -257,8 +257,8 @@ impl Worker {
     fn found(&self, record: VmRecord) -> Found {
         let started = self.store.started(&record.label);
         let started = started.filter(|started| started.slot == record.slot && record.spawned_ms == Some(started.spawned_ms));
-        let (machine, file) = started.map_or((None, None), |started| (Some(started.machine), Some(started.file)));
-        Found { record, machine, file }
+        let (machine, tap, file) = started.map_or((None, None, None), |started| (Some(started.machine), started.tap, Some(started.file)));
+        Found { record, machine, tap, file }
     }
 
     /// Plans, and hands each step to its task.
@@ -311,7 +311,7 @@ impl Worker {
         } else if action != Action::Keep || found.is_some() {
             let want = if matches!(action, Action::Stop | Action::Release(_)) { Want::Stop } else { Want::Run };
             let restarts = u64::from(action == Action::Restart);
-            let intent = Intent { desired: desired.map(|vm| Arc::new(vm.clone())), want, starts: 1, restarts, why: why.clone() };
+            let intent = Intent { desired: desired.map(|vm| Arc::new(vm.clone())), want, starts: 1, restarts, recovers: 0, why: why.clone() };
             let handle = Handle::start(Arc::clone(&self.context), name.clone(), intent, found);
             state.vms.insert(name.clone(), handle);
         }
@@ -432,7 +432,7 @@ impl Worker {
         self.journal.note(Some(&name), "vm.ordered", why.clone());
         let desired = Arc::new(desired);
         let handle = state.vms.entry(name.clone()).or_insert_with(|| {
-            let intent = Intent { desired: Some(Arc::clone(&desired)), want: Want::Stop, starts: 0, restarts: 0, why: why.clone() };
+            let intent = Intent { desired: Some(Arc::clone(&desired)), want: Want::Stop, starts: 0, restarts: 0, recovers: 0, why: why.clone() };
             Handle::start(Arc::clone(&self.context), name.clone(), intent, None)
         });
         handle.intend(|intent| {
@@ -456,7 +456,7 @@ impl Worker {
         let handle = match (state.vms.get(name), desired) {
             (Some(handle), _) => handle,
             (None, Some(desired)) => {
-                let intent = Intent { desired: Some(Arc::new(desired)), want, starts: 0, restarts: 0, why: why.clone() };
+                let intent = Intent { desired: Some(Arc::new(desired)), want, starts: 0, restarts: 0, recovers: 0, why: why.clone() };
                 let handle = Handle::start(Arc::clone(&self.context), name.clone(), intent, None);
                 state.vms.entry(name.clone()).or_insert(handle)
             }

@@ -62,6 +62,7 @@ impl Vm {
             }
         };
         let status = qemu.exit_status(&self.context.link, &self.name).await;
+        self.take_note_of_exit(status);
         let took = started.elapsed().as_millis();
         self.set(|now| {
             now.pid = None;

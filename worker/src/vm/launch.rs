@@ -6,7 +6,7 @@ use crate::supervisor::{Link, describe};
 use crate::vmfile::{Accel, Machine};
 use diarch_ipc::name::Label;
 use diarch_ipc::operation::KvmVerdict;
-use diarch_ipc::spec::{Accelerator, Backend, Boot, Disk, DiskAccess, Nic, Presence, VmSpec};
+use diarch_ipc::spec::{Accelerator, Backend, Boot, Disk, DiskAccess, Nic, Presence, Share, VmSpec};
 use rustix::fs::{FileType, Mode, OFlags};
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -16,7 +16,7 @@ use std::time::Duration;
 /// The probe's guest runs for some milliseconds; one that hangs is given up by the supervisor long before.
 const KVM_PROBE: Duration = Duration::from_secs(10);
 
-/// The opened files of one start, in the order of [`VmSpec::fds`].
+/// The opened files of one start, in the order of [`VmSpec::fds`]; a tap's queues come after them.
 #[derive(Debug)]
 pub struct Opened {
     pub fds: Vec<OwnedFd>,
@@ -112,6 +112,10 @@ pub fn spec(machine: &Machine, accelerator: Accelerator) -> VmSpec {
         Some(_) => Boot::Kernel { command_line: machine.command_line.clone(), initrd: presence(machine.initrd.is_some()), firmware },
         None => Boot::Disk { firmware },
     };
+    let backend = match &machine.tap {
+        Some(tap) => Backend::Tap { queues: tap.queues },
+        None => Backend::User { egress: machine.egress, forwards: machine.forwards.clone() },
+    };
     VmSpec {
         qemu: machine.qemu.clone(),
         accelerator,
@@ -119,9 +123,9 @@ pub fn spec(machine: &Machine, accelerator: Accelerator) -> VmSpec {
         memory: machine.memory,
         boot,
         disks: machine.disks.iter().map(|disk| Disk { format: disk.format, access: disk.access }).collect(),
-        nics: vec![Nic { mac: machine.mac.clone(), backend: Backend::User { egress: machine.egress, forwards: machine.forwards.clone() } }],
-        devices: Vec::new(),
-        shares: Vec::new(),
+        nics: vec![Nic { mac: machine.mac.clone(), backend }],
+        devices: machine.devices.clone(),
+        shares: machine.shares.iter().map(|share| Share { share: share.share.clone(), tag: share.tag.clone() }).collect(),
     }
 }
 

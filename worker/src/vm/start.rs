@@ -2,14 +2,14 @@
 
 use super::launch::{self, Opened};
 use super::qemu::{Origin, Qemu};
-use super::{Found, RETRY_REFUSED, Stage, Vm, Want};
+use super::{Found, RETRY_REFUSED, Stage, Status, Vm, Want};
 use crate::control::protocol::Phase;
 use crate::journal::now_ms;
 use crate::state::Started;
 use crate::vmfile::{Desired, Machine};
 use diarch_ipc::Error;
 use diarch_ipc::name::{Slot, Tenancy};
-use diarch_ipc::operation::{SlotState, VmRecord};
+use diarch_ipc::operation::{ExitStatus, SlotState};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
@@ -20,7 +20,7 @@ pub(super) const OPEN_FILES: Duration = Duration::from_secs(10);
 const ADOPT_AGAIN: Duration = Duration::from_secs(5);
 
 /// Why a start came to nothing.
-enum NotStarted {
+pub(super) enum NotStarted {
     /// It is not going to work as it is written, or as the grants are.
     Refused(String),
     /// It may work the next time.
@@ -40,6 +40,7 @@ impl Vm {
             status.phase = Phase::Starting;
             status.retry_ms = None;
             status.machine = Some(Arc::new(desired.machine.clone()));
+            status.tap = None;
             status.revision = Some(desired.revision.clone());
             status.file = Some(desired.file.clone());
             status.seen_starts = intent.starts;
@@ -80,7 +81,7 @@ impl Vm {
     async fn spawn(&mut self, desired: &Arc<Desired>) -> Result<Qemu, NotStarted> {
         let context = Arc::clone(&self.context);
         // Closed never: the semaphore lives as long as the tasks.
-        let _permit = context.starts.acquire().await.ok();
+        let permit = context.starts.acquire().await.ok();
         let accelerator = launch::accelerator(desired.machine.accel, &context.link, &context.journal, &context.tcg).await.map_err(NotStarted::Refused)?;
         let (logs, name, vm) = (context.logs.clone(), self.name.clone(), Arc::clone(desired));
         let files = timeout(OPEN_FILES, tokio::task::spawn_blocking(move || launch::open(&logs, &name, &vm.machine)));
@@ -93,6 +94,15 @@ impl Vm {
         };
         let tenancy = tenancy.map_err(|error| judge(&error))?;
         let slot = tenancy.slot;
+        let mut fds = fds;
+        let _permit = if self.needs_equipment(&desired.machine) {
+            // A driver can take a minute to let go of its device: nobody waits for it in here.
+            drop(permit);
+            fds.extend(self.equip(tenancy, &desired.machine).await?);
+            context.starts.acquire().await.ok()
+        } else {
+            permit
+        };
         let events = context.link.subscribe(slot);
         let spec = launch::spec(&desired.machine, accelerator);
         let (spawned, handles) = context.link.spawn(tenancy, spec, fds).await.map_err(|error| judge(&error))?;
@@ -122,7 +132,8 @@ impl Vm {
     }
 
     fn record(&self, slot: Slot, spawned_ms: u64, file: &str, machine: &Machine) {
-        let started = Started { slot, spawned_ms, file: file.to_owned(), machine: machine.clone() };
+        let tap = self.status.borrow().tap.clone();
+        let started = Started { slot, spawned_ms, file: file.to_owned(), machine: machine.clone(), tap };
         if let Err(error) = self.context.store.save_started(&self.name, &started) {
             // Costs the next worker its comparison, and the VM nothing.
             tracing::warn!(vm = %self.name, %error, "what this VM was started as can't be recorded");
@@ -139,13 +150,12 @@ impl Vm {
                     self.give_back().await;
                     return None;
                 }
-                let machine = self.status.borrow().machine.as_deref().cloned();
-                let file = self.status.borrow().file.clone();
-                matches!(record.state, SlotState::Running | SlotState::Spawning).then_some(Found { record, machine, file })
+                let Status { machine, tap, file, .. } = self.status.borrow().clone();
+                let machine = machine.as_deref().cloned();
+                matches!(record.state, SlotState::Running | SlotState::Spawning).then_some(Found { record, machine, tap, file })
             }
             Ok(None) => {
-                self.tenancy = None;
-                self.set(|status| status.tenancy = None);
+                self.without_slot();
                 None
             }
             Err(error) => {
@@ -158,7 +168,7 @@ impl Vm {
     /// Takes over a QEMU that runs, without touching it.
     pub(super) async fn adopt(&mut self, found: Found) -> Stage {
         let intent = self.intent.borrow().clone();
-        let Found { record, machine, file } = found;
+        let Found { record, machine, tap, file } = found;
         // What was forgotten is taken to be what the file says now: a later change of it counts from here.
         let assumed = machine.or_else(|| intent.desired.as_ref().map(|desired| desired.machine.clone()));
         let file = file.or_else(|| intent.desired.as_ref().map(|desired| desired.file.clone()));
@@ -169,6 +179,7 @@ impl Vm {
             status.accelerator = record.accelerator;
             status.started_ms = Some(spawned_ms);
             status.machine = assumed.clone().map(Arc::new);
+            status.tap = tap.clone();
             status.revision = intent.desired.as_ref().map(|desired| desired.revision.clone());
             status.file = file.clone();
             status.seen_starts = intent.starts;
@@ -187,11 +198,11 @@ impl Vm {
                 self.note("vm.adopted", format!("QEMU runs as process {} in slot {}", record.pid.unwrap_or(0), record.slot));
                 Stage::Watch(Box::new(qemu))
             }
-            Err(error) => self.not_adopted(record, assumed, file, &error).await,
+            Err(error) => self.not_adopted(Found { record, machine: assumed, tap, file }, &error).await,
         }
     }
 
-    async fn not_adopted(&mut self, record: VmRecord, machine: Option<Machine>, file: Option<String>, error: &Error) -> Stage {
+    async fn not_adopted(&mut self, found: Found, error: &Error) -> Stage {
         let reason = format!("it runs, and can't be attached to: {error}");
         let news = self.status.borrow().reason.as_ref() != Some(&reason);
         self.set(|status| {
@@ -211,14 +222,18 @@ impl Vm {
         }
         match self.context.link.find(&self.name).await {
             Ok(Some(now)) if matches!(now.state, SlotState::Running | SlotState::Spawning | SlotState::Quarantined) => {
-                Stage::Adopt(Box::new(Found { record: now, machine, file }))
+                Stage::Adopt(Box::new(Found { record: now, ..found }))
             }
-            Ok(Some(now)) => self.after_failure(format!("it ended with {}", now.exit.unwrap_or(diarch_ipc::operation::ExitStatus::Unknown))),
+            Ok(Some(now)) => {
+                let exit = now.exit.unwrap_or(ExitStatus::Unknown);
+                self.take_note_of_exit(exit);
+                self.after_failure(format!("it ended with {exit}"))
+            }
             Ok(None) => {
-                self.tenancy = None;
+                self.without_slot();
                 self.after_failure("it is gone, with its slot".into())
             }
-            Err(_) => Stage::Adopt(Box::new(Found { record, machine, file })),
+            Err(_) => Stage::Adopt(Box::new(found)),
         }
     }
 }

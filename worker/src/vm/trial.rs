@@ -11,7 +11,7 @@ use super::{Context, RETRY_REFUSED, Refused, Vm, Want, launch};
 use crate::plan::NOT_STARTABLE;
 use crate::vmfile::{Desired, Machine};
 use diarch_ipc::name::Label;
-use diarch_ipc::operation::HostInventory;
+use diarch_ipc::operation::{DeviceState, HostInventory};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinHandle;
@@ -129,6 +129,7 @@ async fn can_start(context: Arc<Context>, name: Label, desired: Arc<Desired>) ->
     let own = vms.iter().find(|vm| vm.label == name).and_then(|vm| vm.memory).map_or(0, |memory| u64::from(memory.get()));
     if let Some(facts) = context.link.facts().borrow().as_ref() {
         within(&desired.machine, facts, own)?;
+        free(&desired.machine, facts, &name)?;
     }
     launch::accelerator(desired.machine.accel, &context.link, &context.journal, &context.tcg).await.map(drop)
 }
@@ -146,6 +147,25 @@ fn within(machine: &Machine, facts: &HostInventory, own: u64) -> Result<(), Stri
     }
     if !facts.qemu.iter().any(|granted| granted.name == machine.qemu) {
         return Err(format!("no QEMU named {} is granted", machine.qemu));
+    }
+    Ok(())
+}
+
+/// Of the devices, those that are on the supervisor's list: what it would say of the others only the kernel knows.
+fn free(machine: &Machine, facts: &HostInventory, name: &Label) -> Result<(), String> {
+    for function in &machine.devices {
+        let held = facts.devices.iter().find(|record| record.functions.iter().any(|known| known.function == *function));
+        match held.map(|record| (record, record.label.as_ref())) {
+            // Its own is no conflict, whatever its state: a restart is how it is mended.
+            None => {}
+            Some((_, Some(label))) if label == name => {}
+            Some((_, Some(label))) => return Err(format!("the device {function} is held by {label}")),
+            Some((record, None)) if record.state == DeviceState::Quarantined => {
+                let why = record.trouble.as_deref().unwrap_or("without a reason");
+                return Err(format!("the device {function} is quarantined ({why}): diarch device recover {function}"));
+            }
+            Some((_, None)) => {}
+        }
     }
     Ok(())
 }
@@ -169,19 +189,10 @@ mod tests {
         let old = desired("a");
         let mut new = Desired { revision: "new".into(), ..old.clone() };
         new.machine.kernel = Some(dir.path().join("none"));
-        let intent = super::super::Intent { desired: Some(Arc::new(new)), want: Want::Run, starts: 1, restarts: 1, why: String::new() };
+        let intent = super::super::Intent { desired: Some(Arc::new(new)), want: Want::Run, starts: 1, restarts: 1, recovers: 0, why: String::new() };
         let (intents, intent) = tokio::sync::watch::channel(intent);
         let status = super::super::Status { machine: Some(Arc::new(old.machine.clone())), ..super::super::Status::new() };
-        let vm = Vm {
-            context: Arc::new(Context::new(link, journal, store, logs, notes)),
-            name: old.name.clone(),
-            intent,
-            status: tokio::sync::watch::channel(status).0,
-            tenancy: None,
-            pace: super::super::Pace::default(),
-            told_failed: None,
-            health: None,
-        };
+        let vm = Vm::new(Arc::new(Context::new(link, journal, store, logs, notes)), old.name.clone(), intent, tokio::sync::watch::channel(status).0);
         let mut trials = Trials::default();
         vm.look_for_restart(&mut trials);
         let outcome = trials.outcome().await;
@@ -200,9 +211,8 @@ mod tests {
         assert!(vm.tried(&mut trials, Ok(())));
     }
 
-    #[test]
-    fn a_machine_beyond_the_grants_is_refused_and_its_own_memory_counts_as_free() {
-        let facts = HostInventory {
+    fn facts() -> HostInventory {
+        HostInventory {
             version: String::new(),
             kernel: String::new(),
             started_ms: 0,
@@ -216,7 +226,29 @@ mod tests {
             scopes: true,
             devices: vec![],
             devices_total: 0,
-        };
+        }
+    }
+
+    #[test]
+    fn a_device_of_another_vm_or_in_quarantine_is_found_before_the_stop_and_its_own_is_no_conflict() {
+        use diarch_ipc::operation::{DeviceRecord, Example};
+        let mut facts = facts();
+        let record = DeviceRecord { label: Some(desired("other").name), ..diarch_ipc::operation::Bound::example().device };
+        let function = record.functions[0].function.clone();
+        let machine = Machine { devices: vec![function], ..desired("a").machine };
+        let name = desired("a").name;
+        assert_eq!(free(&machine, &facts, &name), Ok(()));
+        facts.devices = vec![record.clone()];
+        assert!(free(&machine, &facts, &name).unwrap_err().contains("held by other"));
+        facts.devices = vec![DeviceRecord { label: Some(name.clone()), state: DeviceState::Quarantined, ..record.clone() }];
+        assert_eq!(free(&machine, &facts, &name), Ok(()));
+        facts.devices = vec![DeviceRecord { label: None, state: DeviceState::Quarantined, trouble: Some("no answer".into()), ..record }];
+        assert!(free(&machine, &facts, &name).unwrap_err().contains("(no answer): diarch device recover 0000:65:00.0"));
+    }
+
+    #[test]
+    fn a_machine_beyond_the_grants_is_refused_and_its_own_memory_counts_as_free() {
+        let facts = facts();
         let with = |cpus, memory| Machine { cpus: Cpus::new(cpus).unwrap(), memory: MiB::new(memory).unwrap(), ..desired("a").machine };
         assert_eq!(within(&with(4, 512), &facts, 512), Ok(()));
         assert!(within(&with(5, 512), &facts, 512).unwrap_err().contains("allow 4"));

@@ -209,7 +209,10 @@ impl Vm {
         let health = self.health.clone()?;
         let machine: Arc<Machine> = self.status.borrow().machine.clone().or_else(|| Some(Arc::new(self.desired()?.machine.clone())))?;
         let address = match &health.probe {
-            Probe::Http { host_port, .. } | Probe::Tcp { host_port } => Some(machine.probe_address(*host_port)),
+            Probe::Http { host_port, .. } | Probe::Tcp { host_port } => {
+                let guest = self.status.borrow().tap.as_ref().and_then(|tap| tap.address);
+                Some(machine.probe_address(*host_port, guest.map(|address| address.0)))
+            }
             Probe::Qmp => None,
         };
         let slow = if self.status.borrow().accelerator == Some(Accelerator::Tcg) { TCG_GRACE } else { 1 };
@@ -251,6 +254,7 @@ impl Vm {
             let last_seen = qemu.last_seen().await;
             (last_seen, qemu.exit_status(&self.context.link, &self.name).await)
         };
+        self.take_note_of_exit(status);
         let ending = Ending::of(&seen, status, || self.context.logs.last_words(&self.name, qemu.log_mark?));
         let said = ending.to_string();
         self.set(|status| status.last_exit = Some(said.clone()));

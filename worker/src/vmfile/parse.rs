@@ -1,10 +1,10 @@
 //! One VM file.
 
-use super::{Accel, Desired, DiskFile, Health, Machine, Probe, RestartPolicy};
+use super::{Accel, Desired, DiskFile, Health, Machine, Probe, RestartPolicy, SharedDirectory, Tap};
 use crate::control::protocol::FileProblem;
 use crate::json;
-use diarch_ipc::name::{CommandLine, Cpus, Forward, IpText, Label, Mac, MiB, Port, Protocol, QemuName};
-use diarch_ipc::spec::{DiskAccess, DiskFormat, Egress, MAX_FORWARDS};
+use diarch_ipc::name::{Bdf, CommandLine, Cpus, Forward, IpText, Label, Mac, MiB, NetworkName, Port, Protocol, QemuName, Queues, ShareName, Tag};
+use diarch_ipc::spec::{DiskAccess, DiskFormat, Egress, MAX_DEVICES, MAX_FORWARDS, MAX_SHARES};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::path::PathBuf;
@@ -20,6 +20,10 @@ struct Raw {
     image: RawImage,
     #[serde(default)]
     network: RawNetwork,
+    #[serde(default)]
+    devices: Vec<Bdf>,
+    #[serde(default)]
+    shares: Vec<RawShare>,
     health: Option<RawHealth>,
     #[serde(default)]
     restart: RawRestart,
@@ -56,6 +60,36 @@ struct RawImage {
 struct RawNetwork {
     forwards: Vec<RawForward>,
     egress: Option<Egress>,
+    tap: Option<RawTap>,
+    publish: Vec<RawPublish>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTap {
+    network: NetworkName,
+    queues: Option<Queues>,
+    address: Option<IpText>,
+}
+
+/// As a forward; but the loopback, where the packet filter leads nobody, is no place to begin with.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPublish {
+    #[serde(default = "tcp")]
+    protocol: Protocol,
+    host_address: IpText,
+    host_port: Port,
+    guest_port: Port,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawShare {
+    share: ShareName,
+    tag: Tag,
+    #[serde(default = "read_only")]
+    access: DiskAccess,
 }
 
 #[derive(Deserialize)]
@@ -114,6 +148,9 @@ fn auto() -> Accel {
 fn tcp() -> Protocol {
     Protocol::Tcp
 }
+fn read_only() -> DiskAccess {
+    DiskAccess::ReadOnly
+}
 fn slash() -> String {
     "/".into()
 }
@@ -171,15 +208,9 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Desired, Vec<FileProblem>> {
     let command_line = problems.ok("$.image.cmdline", command_line);
     let qemu = problems.ok("$.qemu_configuration.qemu", raw.qemu_configuration.qemu.map_or_else(|| QemuName::new("default"), Ok));
     image(&raw.image, &mut problems);
-    if raw.network.forwards.len() > MAX_FORWARDS {
-        problems.add("$.network.forwards", format!("at most {MAX_FORWARDS} forwards are possible"));
-    }
-    let forwards: Vec<Forward> = raw
-        .network
-        .forwards
-        .iter()
-        .map(|f| Forward { protocol: f.protocol, host_address: f.host_address, host_port: f.host_port, guest_port: f.guest_port })
-        .collect();
+    devices(&raw.devices, &mut problems);
+    shares(&raw.shares, &mut problems);
+    let (egress, forwards, tap) = network(raw.network, &mut problems);
     let health = raw.health.and_then(|health| health_of(health, &mut problems));
     let (true, Some(memory), Some(mac), Some(command_line), Some(qemu)) = (problems.found.is_empty(), memory, mac, command_line, qemu) else {
         return Err(problems.found);
@@ -207,8 +238,11 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Desired, Vec<FileProblem>> {
             command_line,
             firmware: raw.image.firmware,
             disks: disks.into_iter().collect(),
-            egress: raw.network.egress.unwrap_or(Egress::Closed),
+            egress,
             forwards,
+            tap,
+            devices: raw.devices,
+            shares: raw.shares.into_iter().map(|s| SharedDirectory { share: s.share, tag: s.tag, access: s.access }).collect(),
         },
         health,
         restart: raw.restart.policy.unwrap_or(RestartPolicy::OnFailure),
@@ -217,25 +251,87 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Desired, Vec<FileProblem>> {
 }
 
 /// The objects of a VM file. serde takes an array for a struct, field by field in the order of its source: nobody means that.
-const OBJECTS: &[&str] =
-    &["", "/qemu_configuration", "/image", "/network", "/health", "/health/http", "/health/tcp", "/health/qmp", "/restart", "/run_configuration"];
+const OBJECTS: &[&str] = &[
+    "",
+    "/qemu_configuration",
+    "/image",
+    "/network",
+    "/network/tap",
+    "/health",
+    "/health/http",
+    "/health/tcp",
+    "/health/qmp",
+    "/restart",
+    "/run_configuration",
+];
+/// Its lists of objects.
+const LISTS: &[&str] = &["/network/forwards", "/network/publish", "/shares"];
 
 fn arrays(file: &str, bytes: &[u8]) -> Result<(), Vec<FileProblem>> {
     // What is no JSON at all is told better by who reads it next.
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes) else { return Ok(()) };
-    let forwards = value.pointer("/network/forwards").and_then(|forwards| forwards.as_array()).map_or(0, Vec::len);
-    let pointers = OBJECTS.iter().map(|pointer| (*pointer).to_owned()).chain((0..forwards).map(|index| format!("/network/forwards/{index}")));
-    let found: Vec<FileProblem> = pointers
-        .filter(|pointer| value.pointer(pointer).is_some_and(serde_json::Value::is_array))
-        .map(|pointer| {
-            let path = match pointer.strip_prefix("/network/forwards/") {
-                Some(index) => format!("$.network.forwards[{index}]"),
-                None => format!("${}", pointer.replace('/', ".")),
-            };
-            FileProblem { file: file.to_owned(), path, line: None, reason: "an object is needed".into() }
-        })
+    let path = |pointer: &str| format!("${}", pointer.replace('/', "."));
+    let objects = OBJECTS.iter().filter_map(|pointer| Some((path(pointer), value.pointer(pointer)?)));
+    let items = LISTS.iter().filter_map(|pointer| Some((path(pointer), value.pointer(pointer)?.as_array()?)));
+    let items = items.flat_map(|(path, items)| items.iter().enumerate().map(move |(index, item)| (format!("{path}[{index}]"), item)));
+    let found: Vec<FileProblem> = objects
+        .chain(items)
+        .filter(|(_, value)| value.is_array())
+        .map(|(path, _)| FileProblem { file: file.to_owned(), path, line: None, reason: "an object is needed".into() })
         .collect();
     if found.is_empty() { Ok(()) } else { Err(found) }
+}
+
+/// Either QEMU's user-mode network with its forwards, or a tap with its published ports.
+fn network(raw: RawNetwork, problems: &mut Problems<'_>) -> (Egress, Vec<Forward>, Option<Tap>) {
+    for (path, length) in [("$.network.forwards", raw.forwards.len()), ("$.network.publish", raw.publish.len())] {
+        if length > MAX_FORWARDS {
+            problems.add(path, format!("at most {MAX_FORWARDS} ports are possible, and these are {length}"));
+        }
+    }
+    if raw.tap.is_some() {
+        if !raw.forwards.is_empty() {
+            problems.add("$.network.forwards", "forwards are of QEMU's user-mode network; a VM with a tap has its ports in publish");
+        }
+        if raw.egress.is_some() {
+            problems.add("$.network.egress", "egress is of QEMU's user-mode network; where a VM with a tap may go, the grants of its network say");
+        }
+    } else if !raw.publish.is_empty() {
+        problems.add("$.network.publish", "ports are published for a VM with a tap; one without has them in forwards");
+    }
+    let forward = |protocol, host_address, host_port, guest_port| Forward { protocol, host_address, host_port, guest_port };
+    let forwards = raw.forwards.iter().map(|f| forward(f.protocol, f.host_address, f.host_port, f.guest_port)).collect();
+    let publish = raw.publish.iter().map(|f| forward(f.protocol, f.host_address, f.host_port, f.guest_port)).collect();
+    let tap = raw.tap.and_then(|tap| {
+        let queues = problems.ok("$.network.tap.queues", tap.queues.map_or_else(|| Queues::new(1), Ok))?;
+        Some(Tap { network: tap.network, queues, address: tap.address, publish })
+    });
+    (raw.egress.unwrap_or(Egress::Closed), forwards, tap)
+}
+
+fn devices(devices: &[Bdf], problems: &mut Problems<'_>) {
+    if devices.len() > MAX_DEVICES {
+        problems.add("$.devices", format!("at most {MAX_DEVICES} devices are possible, and these are {}", devices.len()));
+    }
+    for (index, function) in devices.iter().enumerate() {
+        if devices[..index].contains(function) {
+            problems.add(&format!("$.devices[{index}]"), format!("{function} is named twice"));
+        }
+    }
+}
+
+fn shares(shares: &[RawShare], problems: &mut Problems<'_>) {
+    if shares.len() > MAX_SHARES {
+        problems.add("$.shares", format!("at most {MAX_SHARES} shares are possible, and these are {}", shares.len()));
+    }
+    for (index, share) in shares.iter().enumerate() {
+        if shares[..index].iter().any(|other| other.share == share.share) {
+            problems.add(&format!("$.shares[{index}].share"), format!("{} is named twice", share.share));
+        }
+        if shares[..index].iter().any(|other| other.tag == share.tag) {
+            problems.add(&format!("$.shares[{index}].tag"), format!("the tag {} is used twice", share.tag));
+        }
+    }
 }
 
 fn memory(qemu: &RawQemu, problems: &mut Problems<'_>) -> Option<MiB> {
@@ -388,6 +484,60 @@ mod tests {
         }
         assert_eq!(wrong("[]")[0].0, "$");
         assert_eq!(wrong(r#"{"name": "a", "image": ["/x", null, null, null, null, null, null]}"#)[0].0, "$.image");
+    }
+
+    const HOST: &str = r#"{"name": "gpu", "qemu_configuration": {"cores": 1, "mem_mb": 256}, "image": {"disk": "/d"},
+        "devices": ["0000:65:00.0", "0000:65:00.1"],
+        "network": {"tap": {"network": "lan", "queues": 2, "address": "10.0.0.5"},
+                    "publish": [{"host_address": "192.0.2.1", "host_port": 443, "guest_port": 8443}]},
+        "shares": [{"share": "models", "tag": "m", "access": "read-write"}, {"share": "keys", "tag": "keys"}]}"#;
+
+    #[test]
+    fn devices_a_tap_and_shares_are_taken() {
+        let machine = parse("gpu.json", HOST.as_bytes()).unwrap().machine;
+        assert_eq!(machine.devices.iter().map(Bdf::as_str).collect::<Vec<_>>(), ["0000:65:00.0", "0000:65:00.1"]);
+        assert_eq!(machine.tap, Some(super::super::tests::tap()));
+        assert_eq!(
+            machine.shares.iter().map(|s| (s.tag.as_str(), s.access)).collect::<Vec<_>>(),
+            [("m", DiskAccess::ReadWrite), ("keys", DiskAccess::ReadOnly)]
+        );
+        let one = HOST.replace(r#", "queues": 2, "address": "10.0.0.5""#, "");
+        let tap = parse("gpu.json", one.as_bytes()).unwrap().machine.tap.unwrap();
+        assert_eq!((tap.queues.get(), tap.address), (1, None));
+    }
+
+    #[test]
+    fn what_is_wrong_with_devices_a_tap_and_shares_is_named_by_its_path() {
+        let many = format!("\"devices\": [{}]", (0..17).map(|n| format!("\"0000:00:{n:02x}.0\"")).collect::<Vec<_>>().join(","));
+        for (from, to, path, reason) in [
+            ("\"0000:65:00.1\"", "\"65:00.1\"", "$.devices[1]", "leading zeros"),
+            ("\"0000:65:00.1\"", "\"0000:65:00.0\"", "$.devices[1]", "twice"),
+            (r#""devices": ["0000:65:00.0", "0000:65:00.1"]"#, &many, "$.devices", "at most 16"),
+            ("\"lan\"", "\"../lan\"", "$.network.tap.network", "ASCII"),
+            ("\"queues\": 2", "\"queues\": 9", "$.network.tap.queues", "from 1 to 8"),
+            ("\"10.0.0.5\"", "\"10.0.0.05\"", "$.network.tap.address", "canonical"),
+            ("\"host_address\": \"192.0.2.1\", ", "", "$.network.publish[0]", "missing field `host_address`"),
+            ("\"host_port\": 443", "\"host_port\": 0", "$.network.publish[0].host_port", "from 1"),
+            (r#"{"share": "keys", "tag": "keys"}"#, r#"["keys", "keys"]"#, "$.shares[1]", "an object"),
+            ("\"tag\": \"keys\"", "\"tag\": \"m\"", "$.shares[1].tag", "twice"),
+            ("\"share\": \"keys\"", "\"share\": \"models\"", "$.shares[1].share", "twice"),
+            ("\"tag\": \"keys\"", "\"tag\": \"a tag of more than thirty-six bytes, all in all\"", "$.shares[1].tag", "ASCII"),
+            ("\"read-write\"", "\"write\"", "$.shares[0].access", "unknown variant"),
+        ] {
+            assert!(HOST.contains(from), "{from}");
+            let found = wrong(&HOST.replace(from, to));
+            assert!(found.iter().any(|(p, r)| p == path && r.contains(reason)), "{from} -> {to}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn ports_of_the_wrong_kind_of_network_are_told_where_they_belong() {
+        let both = HOST.replace("\"publish\":", r#""egress": "host", "forwards": [{"host_port": 80, "guest_port": 80}], "publish":"#);
+        let found = wrong(&both);
+        assert_eq!(found.iter().map(|(path, _)| path.as_str()).collect::<Vec<_>>(), ["$.network.forwards", "$.network.egress"]);
+        assert!(found[0].1.contains("publish"), "{found:?}");
+        let none = wrong(&HOST.replace(r#""tap": {"network": "lan", "queues": 2, "address": "10.0.0.5"},"#, ""));
+        assert!(none.len() == 1 && none[0].0 == "$.network.publish" && none[0].1.contains("forwards"), "{none:?}");
     }
 
     #[test]

@@ -108,6 +108,8 @@ fn together(files: &mut Files) {
     let mut names: HashMap<String, String> = HashMap::new();
     let mut macs: HashMap<String, String> = HashMap::new();
     let mut ports: Vec<(diarch_ipc::name::Forward, String)> = Vec::new();
+    let mut devices: HashMap<String, String> = HashMap::new();
+    let mut addresses: HashMap<String, String> = HashMap::new();
     let mut good = Vec::new();
     for vm in std::mem::take(&mut files.vms) {
         let mut found: Vec<(String, String)> = Vec::new();
@@ -118,20 +120,32 @@ fn together(files: &mut Files) {
             if let Some(first) = macs.get(vm.machine.mac.as_str()) {
                 found.push(("$.qemu_configuration.mac_address".into(), format!("the MAC address {} is already used in {first}", vm.machine.mac)));
             }
+            for (index, function) in vm.machine.devices.iter().enumerate() {
+                if let Some(first) = devices.get(function.as_str()) {
+                    found.push((format!("$.devices[{index}]"), format!("the device {function} is already that of the VM in {first}")));
+                }
+            }
+            let address = vm.machine.tap.as_ref().and_then(|tap| Some(format!("{} of network {}", tap.address?, tap.network)));
+            if let Some((address, first)) = address.as_ref().and_then(|address| Some((address, addresses.get(address)?))) {
+                found.push(("$.network.tap.address".into(), format!("the address {address} is already used in {first}")));
+            }
             let mine = ports.len();
-            for (index, forward) in vm.machine.forwards.iter().enumerate() {
+            let list = if vm.machine.tap.is_some() { "publish" } else { "forwards" };
+            for (index, forward) in vm.machine.ports().iter().enumerate() {
                 if let Some((other, first)) = ports.iter().find(|(other, _)| clash(other, forward)) {
                     let reason = format!(
                         "{} port {} of {} is already forwarded in {first} (as {}:{})",
                         forward.protocol, forward.host_port, forward.host_address, other.host_address, other.host_port
                     );
-                    found.push((format!("$.network.forwards[{index}].host_port"), reason));
+                    found.push((format!("$.network.{list}[{index}].host_port"), reason));
                 } else {
                     ports.push((*forward, vm.file.clone()));
                 }
             }
             if found.is_empty() {
                 macs.insert(vm.machine.mac.to_string(), vm.file.clone());
+                devices.extend(vm.machine.devices.iter().map(|function| (function.to_string(), vm.file.clone())));
+                addresses.extend(address.map(|address| (address, vm.file.clone())));
             } else {
                 ports.truncate(mine);
             }
@@ -235,6 +249,36 @@ mod tests {
     fn a_disabled_vm_takes_no_port() {
         let files = read(directory(&[("a.json", vm("a", &(forward("0.0.0.0") + r#", "enabled": false"#))), ("b.json", vm("b", &forward("0.0.0.0")))]).path());
         assert!(files.problems.is_empty(), "{:?}", files.problems);
+    }
+
+    #[test]
+    fn a_device_is_the_first_files_and_a_disabled_vm_takes_none() {
+        let device = r#", "devices": ["0000:65:00.0"]"#;
+        let files = read(directory(&[("a.json", vm("a", device)), ("b.json", vm("b", device))]).path());
+        assert_eq!((good(&files), files.broken.as_slice()), (vec!["a"], ["b.json".to_owned()].as_slice()));
+        assert_eq!(files.problems[0].path, "$.devices[0]");
+        assert!(files.problems[0].reason.contains("a.json"), "{:?}", files.problems);
+        let off = device.to_owned() + r#", "enabled": false"#;
+        let files = read(directory(&[("a.json", vm("a", &off)), ("b.json", vm("b", device)), ("c.json", vm("c", device))]).path());
+        assert_eq!(good(&files), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_published_port_clashes_with_a_forward_and_an_address_is_one_vms() {
+        let publish = |address: &str, guest: &str| {
+            format!(
+                r#", "network": {{"tap": {{"network": "lan", "address": "{guest}"}},
+                    "publish": [{{"host_address": "{address}", "host_port": 80, "guest_port": 80}}]}}"#
+            )
+        };
+        let files = read(directory(&[("a.json", vm("a", &forward("0.0.0.0"))), ("b.json", vm("b", &publish("192.0.2.1", "10.0.0.5")))]).path());
+        assert_eq!(files.problems.iter().map(|p| p.path.as_str()).collect::<Vec<_>>(), ["$.network.publish[0].host_port"]);
+        assert!(files.problems[0].reason.contains("a.json"), "{:?}", files.problems);
+        let two = |second: &str| {
+            read(directory(&[("a.json", vm("a", &publish("192.0.2.1", "10.0.0.5"))), ("b.json", vm("b", &publish("192.0.2.2", second)))]).path()).problems
+        };
+        assert_eq!(two("10.0.0.5").iter().map(|p| p.path.as_str()).collect::<Vec<_>>(), ["$.network.tap.address"]);
+        assert!(two("10.0.0.6").is_empty());
     }
 
     #[test]
