@@ -11,7 +11,7 @@
 //! for no disk: a file system that hangs must not look like a worker that does.
 
 use crate::config::Config;
-use crate::control::protocol::{Failure, FailureKind, FileProblem, Phase};
+use crate::control::protocol::{Failure, FailureKind, FileProblem, Phase, Uses};
 use crate::daemon::Census;
 use crate::journal::{Journal, now_ms};
 use crate::logs::Logs;
@@ -20,7 +20,7 @@ use crate::state::{HoldWhy, Holds, Store};
 use crate::supervisor::Link;
 use crate::vm::{Context, Found, Handle, Intent, Note, Status, Want};
 use crate::vmfile::{self, Desired, Files};
-use diarch_ipc::name::Label;
+use diarch_ipc::name::{Bdf, Label};
 use diarch_ipc::operation::VmRecord;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -125,6 +125,8 @@ pub enum Order {
     Stop,
     Restart,
     Kill,
+    /// A restart with its devices reset in between.
+    Recover,
 }
 
 /// An order that is being carried out.
@@ -403,12 +405,12 @@ impl Worker {
             if !state.know_what_is {
                 return Err(failure(FailureKind::Unreachable, "the supervisor has not been reached yet, so that nothing can be started or stopped"));
             }
-            if state.closing && matches!(order, Order::Start | Order::Restart) {
+            if state.closing && matches!(order, Order::Start | Order::Restart | Order::Recover) {
                 return Err(failure(FailureKind::Conflict, "the host goes down: nothing is started any more"));
             }
             let desired = state.files.vms.iter().find(|vm| vm.name == name).cloned();
             match order {
-                Order::Start | Order::Restart => {
+                Order::Start | Order::Restart | Order::Recover => {
                     let Some(desired) = desired else {
                         return Err(failure(FailureKind::Conflict, format!("{name} has no usable file that says what to start")));
                     };
@@ -428,7 +430,11 @@ impl Worker {
     fn set_going(&self, state: &mut State, order: Order, desired: Desired, who: &str) -> Accepted {
         let name = desired.name.clone();
         state.holds.release(&name);
-        let why = format!("{} by {who}", if order == Order::Start { "started" } else { "restarted" });
+        let why = match order {
+            Order::Start => format!("started by {who}"),
+            Order::Recover => format!("restarted, with its devices reset, by {who}"),
+            Order::Restart | Order::Stop | Order::Kill => format!("restarted by {who}"),
+        };
         self.journal.note(Some(&name), "vm.ordered", why.clone());
         let desired = Arc::new(desired);
         let handle = state.vms.entry(name.clone()).or_insert_with(|| {
@@ -439,7 +445,8 @@ impl Worker {
             intent.desired = Some(desired);
             intent.want = Want::Run;
             intent.starts += 1;
-            intent.restarts += u64::from(order == Order::Restart);
+            intent.restarts += u64::from(order != Order::Start);
+            intent.recovers += u64::from(order == Order::Recover);
             intent.why = why;
         });
         let intent = handle.intent();
@@ -554,6 +561,46 @@ impl Worker {
     /// Until a VM's status has changed since the last call. For one caller.
     pub async fn vm_changed(&self) {
         self.context.changed.notified().await;
+    }
+
+    /// The devices that files of enabled VMs name, each with the VM.
+    pub fn named_devices(&self) -> Vec<(Bdf, Label)> {
+        let state = self.state();
+        let enabled = state.files.vms.iter().filter(|vm| vm.enabled);
+        enabled.flat_map(|vm| vm.machine.devices.iter().map(|function| (function.clone(), vm.name.clone()))).collect()
+    }
+
+    /// The VM that has this device, or else the one whose file names it.
+    pub async fn vm_of_device(&self, function: &str) -> Result<Label, Failure> {
+        let function = Bdf::new(function).map_err(|error| failure(FailureKind::Usage, error.to_string()))?;
+        self.link.inventory().await.map_err(|error| failure(FailureKind::Unreachable, format!("the supervisor can't say whose it is: {error}")))?;
+        let holder = {
+            let facts = self.link.facts();
+            let facts = facts.borrow();
+            let records = facts.iter().flat_map(|facts| &facts.devices);
+            records.filter(|record| record.functions.iter().any(|known| known.function == function)).find_map(|record| record.label.clone())
+        };
+        let named = || self.named_devices().into_iter().find(|(named, _)| *named == function).map(|(_, name)| name);
+        holder.or_else(named).ok_or_else(|| {
+            let message = format!("no VM has the device {function}, and no enabled VM's file names it: 'diarch device list' shows what there is");
+            failure(FailureKind::NotFound, message)
+        })
+    }
+
+    /// What the enabled VMs need of the host.
+    pub fn uses(&self) -> Uses {
+        let state = self.state();
+        let mut uses = Uses::default();
+        for vm in state.files.vms.iter().filter(|vm| vm.enabled) {
+            let routed = state.vms.get(&vm.name).is_some_and(|handle| handle.status().borrow().tap.as_ref().is_some_and(|tap| tap.gateway.is_some()));
+            let machine = &vm.machine;
+            uses.user_networks += u32::from(machine.tap.is_none());
+            uses.taps += u32::from(machine.tap.is_some());
+            uses.routed += u32::from(machine.tap.is_some() && routed);
+            uses.devices += u32::from(!machine.devices.is_empty());
+            uses.shares += u32::from(!machine.shares.is_empty());
+        }
+        uses
     }
 
     pub fn problems(&self) -> Vec<FileProblem> {

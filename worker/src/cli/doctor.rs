@@ -5,6 +5,7 @@
 //!   systemd, unit, scopes                   D-Bus, which everybody may ask   (units)
 //!   root socket, socket, disks              owners, modes, room              (sockets, disk)
 //!   grants file, qemu                       the programs themselves, bounded (grants, qemu, bounded)
+//!   nft, passt, virtiofsd, ip forwarding    where some VM needs them         (programs)
 //!   polkit                                  tried by the worker              (rights)
 //!   worker, supervisor, kvm, audit, ...     what the halves say              (halves)
 //! ```
@@ -18,6 +19,7 @@ mod finding;
 mod grants;
 mod halves;
 mod kernel;
+mod programs;
 mod qemu;
 mod rights;
 mod sockets;
@@ -27,7 +29,7 @@ use super::connection::ask;
 use super::escape;
 use super::screen::{Exit, Screen, Stop};
 use super::table::{Tone, tinted};
-use crate::control::protocol::{Reply, Request, StatusView, VmView};
+use crate::control::protocol::{Reply, Request, StatusView, Uses, VmView};
 use crate::systemd::{Systemd, Trouble, Units};
 use finding::{Finding, Level};
 use serde::Serialize;
@@ -109,7 +111,8 @@ fn examine(socket: &Path, host: &Host, screen: &Screen<'_>) -> Result<Vec<Findin
     let supervisor = status.as_ref().ok().and_then(|status| status.supervisor.as_ref());
     let Outside { units: known, grants, qemus } = outside(host, supervisor.map(|supervisor| supervisor.started_ms))?;
 
-    let mut checks = vec![kernel::kernel(host), kernel::cgroup(host), kernel::iommu(host)];
+    let uses = status.as_ref().map_or_else(|_| Uses::default(), |status| status.uses);
+    let mut checks = vec![kernel::kernel(host), kernel::cgroup(host), kernel::iommu(host, uses.devices)];
     checks.extend(confidential::confidential(host));
     checks.extend(units::units(host, &known, screen.now_ms));
     checks.extend([sockets::of_supervisor(host), sockets::of_worker(socket), grants]);
@@ -126,6 +129,7 @@ fn examine(socket: &Path, host: &Host, screen: &Screen<'_>) -> Result<Vec<Findin
         }
     }
     checks.extend(qemu::qemu(supervisor.map(|supervisor| supervisor.qemu.as_slice()), &qemus));
+    checks.extend(programs::programs(host, &uses));
     if let Ok(status) = &status {
         checks.push(disk::disk("log disk", Path::new(&status.log_directory)));
     }
@@ -206,8 +210,10 @@ pub mod tests {
                 qemu: vec![QemuGrant { name: QemuName::new("default").expect("a name"), path: "/usr/bin/qemu-system-x86_64".into(), trouble: None }],
                 limits: Limits { vms: 8, memory_mib: 4096, memory_mib_used: 512, cpus_each: 4 },
                 vms_total: 1,
+                devices: vec![],
                 audit: AuditState { sequence: 7, head: "00".repeat(32), trouble: None, lost: 0 },
             }),
+            uses: Uses { user_networks: 1, ..Uses::default() },
             configs_dir: "vms".into(),
             log_directory: "/".into(),
             problems: vec![],
@@ -228,6 +234,9 @@ pub mod tests {
             cpus: None,
             memory_mib: None,
             forwards: vec![],
+            tap: None,
+            devices: vec![],
+            shares: vec![],
             started_ms: None,
             healthy_ms: None,
             restarts: 0,

@@ -8,6 +8,7 @@ mod clock;
 mod comeback;
 mod connection;
 mod console;
+mod device;
 mod doctor;
 mod escape;
 mod event;
@@ -74,6 +75,9 @@ enum Command {
     /// Show and change virtual machines
     #[command(subcommand)]
     Vm(Vm),
+    /// Show the PCI devices that are given to VMs, and reset them
+    #[command(subcommand)]
+    Device(Device),
     /// Show what the worker would change now, and why
     Plan,
     /// Check VM files without a worker: prints every problem, and fails if there is one
@@ -121,6 +125,22 @@ enum Vm {
         /// What QEMU itself wrote, instead of the guest
         #[arg(long)]
         qemu: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Device {
+    /// One line for each device that is taken, or that a VM file names
+    List,
+    /// Reset a device that is quarantined or misbehaves
+    ///
+    /// The VM that has it, or whose file names it, is stopped; all its devices are reset; and it is started again.
+    Recover {
+        /// The device, as 0000:65:00.0
+        function: String,
+        /// Return as soon as the worker has taken it on
+        #[arg(long)]
+        no_wait: bool,
     },
 }
 
@@ -238,6 +258,11 @@ fn dispatch(cli: &Cli, screen: &mut Screen<'_>) -> Result<Exit, Stop> {
         Command::Vm(Vm::Logs { name, last, qemu }) => {
             let source = if *qemu { LogSource::Qemu } else { LogSource::Console };
             vm::logs(&socket, vm::LogRequest { name: &name.name, source, lines: last.lines, follow: last.follow }, screen)?;
+        }
+        Command::Device(Device::List) => device::list(&socket, screen)?,
+        Command::Device(Device::Recover { function, no_wait }) => {
+            let stay = if *no_wait { Stay::UntilAccepted } else { Stay::UntilDone };
+            vm::change(&socket, Change::Recover, function, stay, screen)?;
         }
         Command::Plan => plan::plan(&socket, screen)?,
         Command::Validate { path } => return validate::validate(path, screen),

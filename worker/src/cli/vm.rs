@@ -6,7 +6,8 @@ use super::connection::{Connection, Patience, ask, unexpected};
 use super::escape;
 use super::screen::{Screen, Spinner, Stop};
 use super::table::{Column, Tone, Value, sheet, table};
-use crate::control::protocol::{ForwardView, LogSource, Phase, Progress, Reply, Request, VmView};
+use crate::control::protocol::{ForwardView, LogSource, Phase, Progress, Reply, Request, ShareView, TapView, VmView};
+use diarch_ipc::spec::DiskAccess;
 use std::path::Path;
 use std::time::Duration;
 
@@ -93,7 +94,10 @@ pub fn show(socket: &Path, name: &str, screen: &mut Screen<'_>) -> Result<(), St
         ("accelerator", maybe(vm.accelerator.clone())),
         ("CPUs", maybe(vm.cpus.map(|cpus| cpus.to_string()))),
         ("memory", maybe(vm.memory_mib.map(memory))),
+        ("network", vm.tap.as_ref().map_or_else(|| "user-mode".to_owned(), tap)),
         ("forwards", if forwards.is_empty() { "-".to_owned() } else { forwards.join("\n") }),
+        ("devices", lines(vm.devices.iter().map(ToString::to_string).collect())),
+        ("shares", lines(vm.shares.iter().map(share).collect())),
         ("restarts", vm.restarts.to_string()),
         ("guest reboots", vm.guest_reboots.to_string()),
         ("last exit", maybe(vm.last_exit.clone())),
@@ -108,6 +112,8 @@ pub enum Change {
     Stop,
     Restart,
     Kill,
+    /// Of the VM that has the device of this name.
+    Recover,
 }
 
 /// Whether the command stays until the VM is where it was asked to be.
@@ -125,6 +131,7 @@ impl Change {
             Change::Stop => Request::VmStop { name, wait },
             Change::Restart => Request::VmRestart { name, wait },
             Change::Kill => Request::VmKill { name, wait },
+            Change::Recover => Request::DeviceRecover { function: name, wait },
         }
     }
     fn word(self) -> &'static str {
@@ -133,6 +140,7 @@ impl Change {
             Change::Stop => "stop",
             Change::Restart => "restart",
             Change::Kill => "kill",
+            Change::Recover => "recovery",
         }
     }
     fn done(self) -> &'static str {
@@ -141,15 +149,17 @@ impl Change {
             Change::Stop => "stopped",
             Change::Restart => "restarted",
             Change::Kill => "killed",
+            Change::Recover => "recovered",
         }
     }
 }
 
-/// `diarch vm start|stop|restart|kill NAME`.
+/// `diarch vm start|stop|restart|kill NAME`, `diarch device recover DEVICE`.
 pub fn change(socket: &Path, change: Change, name: &str, stay: Stay, screen: &mut Screen<'_>) -> Result<(), Stop> {
     let shown = escape::cell(name).into_owned();
     let mut last: Option<Progress> = None;
-    if stay == Stay::UntilAccepted {
+    // A recovery that a worker's end has interrupted is not asked for again: resetting a device is nothing to be done twice by itself.
+    if stay == Stay::UntilAccepted || change == Change::Recover {
         let mut connection = Connection::open(socket)?;
         follow(&mut connection, &change.request(name, stay), &shown, change, &mut last, screen)?;
     } else {
@@ -312,6 +322,30 @@ fn forward(of: &ForwardView) -> String {
     format!("{address}:{}->{}/{}", of.host_port, of.guest_port, of.protocol)
 }
 
+fn lines(of: Vec<String>) -> String {
+    if of.is_empty() { "-".to_owned() } else { of.join("\n") }
+}
+
+/// `lan (dvm0n0, 2 queues, 10.0.0.5 via 10.0.0.1)`: as much of it as is known.
+fn tap(of: &TapView) -> String {
+    let queues = (of.queues > 1).then(|| format!("{} queues", of.queues));
+    let address = match (&of.address, &of.gateway) {
+        (Some(address), Some(gateway)) => Some(format!("{address} via {gateway}")),
+        (address, _) => address.clone(),
+    };
+    let known: Vec<String> = [of.name.clone(), queues, address].into_iter().flatten().collect();
+    let known = if known.is_empty() { String::new() } else { format!(" ({})", known.join(", ")) };
+    escape::cell(&format!("{}{known}", of.network)).into_owned()
+}
+
+fn share(of: &ShareView) -> String {
+    let access = match of.access {
+        DiskAccess::ReadOnly => "read-only",
+        DiskAccess::ReadWrite => "read-write",
+    };
+    escape::cell(&format!("{} as {} ({access})", of.share, of.tag)).into_owned()
+}
+
 /// `512M`, `2G`, `1536M`: binary units, as in the VM files.
 fn memory(mib: u32) -> String {
     if mib >= 1024 && mib.is_multiple_of(1024) { format!("{}G", mib / 1024) } else { format!("{mib}M") }
@@ -346,6 +380,9 @@ mod tests {
             cpus: Some(2),
             memory_mib: Some(2048),
             forwards: vec![forward("127.0.0.1", 8080, 80), forward("::1", 2222, 22)],
+            tap: None,
+            devices: vec![],
+            shares: vec![],
             started_ms: Some(1_700_000_000_000 - 192_000),
             healthy_ms: Some(1_700_000_000_000 - 190_000),
             restarts: 0,
@@ -443,14 +480,48 @@ health probe:  http :8080/
 accelerator:   kvm
 CPUs:          2
 memory:        2G
+network:       user-mode
 forwards:      127.0.0.1:8080->80/tcp
                [::1]:2222->22/tcp
+devices:       -
+shares:        -
 restarts:      0
 guest reboots: 1
 last exit:     -
 ";
         assert_eq!(printed.out(), expected);
         assert_eq!(worker.request(), Request::VmShow { name: "web".into() });
+    }
+
+    #[test]
+    fn what_a_vm_has_of_the_host_is_in_its_sheet() {
+        let bdf = |text: &str| diarch_ipc::name::Bdf::new(text).expect("a function");
+        let text = |text: &str| Some(text.to_owned());
+        let vm = VmView {
+            tap: Some(TapView { network: "lan".into(), queues: 2, name: text("dvm0n0"), address: text("10.0.0.5"), gateway: text("10.0.0.1") }),
+            devices: vec![bdf("0000:65:00.0"), bdf("0000:66:00.0")],
+            shares: vec![ShareView { share: "models".into(), tag: "m".into(), access: DiskAccess::ReadOnly }],
+            ..web()
+        };
+        let worker = FakeWorker::answering(&[Reply::Vm(Box::new(vm)), Reply::Done {}]);
+        let mut printed = Printed::default();
+        show(&worker.socket, "web", &mut printed.screen()).expect("shown");
+        for part in [
+            "network:       lan (dvm0n0, 2 queues, 10.0.0.5 via 10.0.0.1)\n",
+            "devices:       0000:65:00.0\n               0000:66:00.0\n",
+            "shares:        models as m (read-only)\n",
+        ] {
+            assert!(printed.out().contains(part), "{}", printed.out());
+        }
+    }
+
+    #[test]
+    fn a_device_is_recovered_by_its_own_name_and_the_vms_phases_are_told() {
+        let worker = FakeWorker::answering(&[progress(Phase::Stopping, "", 3), progress(Phase::Healthy, "", 3400), Reply::Done {}]);
+        let mut printed = Printed::default();
+        change(&worker.socket, Change::Recover, "0000:65:00.0", Stay::UntilDone, &mut printed.screen()).expect("recovered");
+        assert_eq!(printed.out(), "web is healthy after 3s\n");
+        assert_eq!(worker.request(), Request::DeviceRecover { function: "0000:65:00.0".into(), wait: true });
     }
 
     fn progress(phase: Phase, message: &str, elapsed_ms: u64) -> Reply {

@@ -4,8 +4,8 @@
 //! which is `Done` or `Error` (`Console` is the exception: after it both directions carry the console's raw bytes). Who may connect is
 //! the socket's owner, group and mode.
 
-use diarch_ipc::name::{Label, Port};
-use diarch_ipc::operation::KvmVerdict;
+use diarch_ipc::name::{Bdf, Label, Port};
+use diarch_ipc::operation::{DeviceRecord, KvmVerdict};
 use serde::{Deserialize, Serialize};
 
 /// A request line is at most this long.
@@ -49,6 +49,13 @@ pub enum Request {
         lines: u32,
         follow: bool,
     },
+    /// Replies `Devices`; before it `Notice`, where the answer is not whole.
+    DeviceList {},
+    /// As `VmRestart`, of the VM that has this device or names it in its file, with its devices reset in between.
+    DeviceRecover {
+        function: String,
+        wait: bool,
+    },
     /// Replies `Plan`.
     Plan {},
     /// Replies `Event` lines: the last `last`, and with `follow` all that come.
@@ -82,6 +89,7 @@ pub enum Reply {
     },
     Vms(Vec<VmView>),
     Vm(Box<VmView>),
+    Devices(Vec<DeviceView>),
     Progress(Progress),
     Console {},
     Log {
@@ -161,7 +169,12 @@ pub struct VmView {
     pub accelerator: Option<String>,
     pub cpus: Option<u16>,
     pub memory_mib: Option<u32>,
+    /// The host's ports that lead into it, by QEMU or (with a tap) by the packet filter.
     pub forwards: Vec<ForwardView>,
+    /// None: it has QEMU's user-mode network.
+    pub tap: Option<TapView>,
+    pub devices: Vec<Bdf>,
+    pub shares: Vec<ShareView>,
     /// When the present QEMU started, milliseconds since 1970.
     pub started_ms: Option<u64>,
     /// When it last became healthy, milliseconds since 1970.
@@ -185,6 +198,50 @@ pub struct ForwardView {
     pub host_address: String,
     pub host_port: Port,
     pub guest_port: Port,
+}
+
+/// What of the tap the file says, and (with a name) what of it was opened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TapView {
+    pub network: String,
+    pub queues: u16,
+    pub name: Option<String>,
+    /// The guest's.
+    pub address: Option<String>,
+    /// The host's end, on a routed network.
+    pub gateway: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareView {
+    pub share: String,
+    pub tag: String,
+    pub access: diarch_ipc::spec::DiskAccess,
+}
+
+/// A PCI function that the supervisor has taken from its driver, or that a VM file names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceView {
+    pub function: Bdf,
+    /// `free` (the host's), `reserved`, `bound`, `attached`, `resetting`, `quarantined`.
+    pub state: String,
+    /// Which VM has it.
+    pub vm: Option<Label>,
+    /// The enabled VMs whose files name it.
+    pub wanted_by: Vec<Label>,
+    // What the supervisor says of one that it has.
+    pub group: Option<u32>,
+    /// `10de:2330`.
+    pub model: Option<String>,
+    /// Class, subclass and programming interface: `030200`.
+    pub class: Option<String>,
+    pub mmio_mib: Option<u64>,
+    pub resettable: Option<bool>,
+    /// Why it is quarantined.
+    pub trouble: Option<String>,
 }
 
 /// A step on the way of a start or stop.
@@ -250,9 +307,22 @@ pub struct StatusView {
     pub supervisor_state: String,
     /// What the supervisor last said of itself; none while it was never reached.
     pub supervisor: Option<SupervisorView>,
+    pub uses: Uses,
     pub configs_dir: String,
     pub log_directory: String,
     pub problems: Vec<FileProblem>,
+}
+
+/// How many of the enabled VMs need what of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Uses {
+    pub user_networks: u32,
+    pub taps: u32,
+    /// Of the taps, those that are known to be on a routed network: that is seen when they are opened.
+    pub routed: u32,
+    pub devices: u32,
+    pub shares: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -267,6 +337,8 @@ pub struct SupervisorView {
     pub qemu: Vec<diarch_ipc::operation::QemuGrant>,
     pub limits: diarch_ipc::operation::Limits,
     pub vms_total: u32,
+    /// At most [`diarch_ipc::operation::HostInventory::DEVICES`] of them.
+    pub devices: Vec<DeviceRecord>,
     pub audit: diarch_ipc::operation::AuditState,
 }
 

@@ -173,6 +173,17 @@ async fn dispatch(request: Request, client: &mut Client, worker: &Arc<Worker>, c
         Request::VmStop { name, wait } => orders::carry_out(client, worker, Order::Stop, &name, wait).await,
         Request::VmRestart { name, wait } => orders::carry_out(client, worker, Order::Restart, &name, wait).await,
         Request::VmKill { name, wait } => orders::carry_out(client, worker, Order::Kill, &name, wait).await,
+        Request::DeviceList {} => {
+            let (devices, notice) = view::devices(worker).await;
+            if let Some(message) = notice {
+                client.reply(&Reply::Notice { message }).await?;
+            }
+            client.reply(&Reply::Devices(devices)).await.map(Ok)
+        }
+        Request::DeviceRecover { function, wait } => match worker.vm_of_device(&function).await {
+            Ok(name) => orders::carry_out(client, worker, Order::Recover, name.as_str(), wait).await,
+            Err(failure) => Ok(Err(failure)),
+        },
         Request::VmConsole { name } => console::proxy(client, worker, consoles, &name).await,
         Request::VmLogs { name, source, lines, follow } => follow::logs(client, worker, &name, source, lines, follow).await,
         Request::Plan {} => {

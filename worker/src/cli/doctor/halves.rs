@@ -5,7 +5,7 @@ use crate::cli::connection::user_name;
 use crate::cli::screen::count;
 use crate::cli::{clock, validate};
 use crate::control::protocol::{StatusView, SupervisorView};
-use diarch_ipc::operation::KvmVerdict;
+use diarch_ipc::operation::{DeviceRecord, DeviceState, KvmVerdict};
 
 /// Everything but the QEMU binaries.
 pub fn of_status(status: &StatusView, now_ms: u64) -> Vec<Finding> {
@@ -22,6 +22,7 @@ pub fn of_status(status: &StatusView, now_ms: u64) -> Vec<Finding> {
             found.push(kvm(supervisor));
             found.push(audit(supervisor));
             found.push(limits(supervisor));
+            found.extend(devices(supervisor));
         }
     }
     found.push(files(status));
@@ -121,6 +122,22 @@ fn limits(supervisor: &SupervisorView) -> Finding {
     }
 }
 
+/// None where no device is taken.
+fn devices(supervisor: &SupervisorView) -> Option<Finding> {
+    let records = supervisor.devices.as_slice();
+    let broken: Vec<&DeviceRecord> = records.iter().filter(|record| record.state == DeviceState::Quarantined).collect();
+    match (records, broken.as_slice()) {
+        ([], _) => None,
+        (_, []) => Some(Finding::ok("devices", format!("{} taken for VMs", count(records.len(), "IOMMU group")))),
+        (_, [first, ..]) => {
+            let name = first.functions.first().map_or_else(|| format!("group {}", first.group), |known| known.function.to_string());
+            let why = first.trouble.as_deref().unwrap_or("without a reason");
+            let detail = format!("{} of {} quarantined: {name}: {why}", broken.len(), count(records.len(), "IOMMU group"));
+            Some(Finding::warn("devices", detail, format!("diarch device recover {name} (its VM is restarted); all of them: diarch device list")))
+        }
+    }
+}
+
 fn files(status: &StatusView) -> Finding {
     match status.problems.as_slice() {
         [] => Finding::ok("VM files", format!("no problems in {}", status.configs_dir)),
@@ -144,6 +161,7 @@ mod tests {
     use super::super::tests::status;
     use super::*;
     use crate::control::protocol::FileProblem;
+    use diarch_ipc::operation::{Bound, Example};
 
     fn level(found: &[Finding], check: &str) -> Level {
         found.iter().find(|finding| finding.check == check).expect(check).level
@@ -167,7 +185,9 @@ mod tests {
         };
         let lies = KvmVerdict::Lies { reason: "KVM_RUN never came back".into() };
         type Change<'a> = &'a dyn Fn(&mut StatusView, &mut SupervisorView);
-        let cases: [(&str, Level, Change<'_>); 9] = [
+        let dead = || DeviceRecord { state: DeviceState::Quarantined, trouble: Some("no answer".into()), ..Bound::example().device };
+        let cases: [(&str, Level, Change<'_>); 10] = [
+            ("devices", Level::Warn, &|_, s| s.devices = vec![dead()]),
             ("worker", Level::Fail, &|w, _| w.worker_uid = 0),
             ("supervisor", Level::Fail, &|w, _| w.supervisor_state = "lost: closed".into()),
             ("versions", Level::Warn, &|_, s| s.version = "0.0.9".into()),

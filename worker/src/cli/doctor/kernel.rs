@@ -52,13 +52,26 @@ pub fn cgroup(host: &Host) -> Finding {
     }
 }
 
-pub fn iommu(host: &Host) -> Finding {
+/// `with_devices`: how many enabled VMs want some.
+pub fn iommu(host: &Host, with_devices: u32) -> Finding {
     let groups = std::fs::read_dir(host.root.join("sys/kernel/iommu_groups")).map_or(0, Iterator::count);
-    match groups {
-        0 => Finding::info("iommu", "no IOMMU groups: no device can be passed through")
-            .or("for passthrough: the firmware's switch (VT-d, AMD-Vi), and intel_iommu=on on the kernel command line"),
-        n => Finding::info("iommu", format!("{}: devices can be passed through", count(n, "IOMMU group"))),
+    let wanted = format!("{} can't start without", count(with_devices as usize, "VM"));
+    let (detail, fix) = match (groups, vfio_pci(host)) {
+        (0, _) => ("no IOMMU groups", "the firmware's switch (VT-d, AMD-Vi), and intel_iommu=on on the kernel command line"),
+        (_, false) => ("IOMMU groups, and no driver vfio-pci", "modprobe vfio-pci, or a kernel that has it"),
+        (n, true) => return Finding::info("iommu", format!("{} and vfio-pci: devices can be passed through", count(n, "IOMMU group"))),
+    };
+    match with_devices {
+        0 => Finding::info("iommu", format!("{detail}: no device can be passed through")).or(format!("for passthrough: {fix}")),
+        _ => Finding::fail("iommu", format!("{detail}: no device can be passed through, and {wanted}"), fix),
     }
+}
+
+/// Loaded, built in, or there to be loaded when the first device is bound.
+fn vfio_pci(host: &Host) -> bool {
+    let modules = format!("lib/modules/{}", host.read("proc/sys/kernel/osrelease"));
+    let listed = |list: &str| host.read(format!("{modules}/{list}")).lines().any(|line| line.contains("/vfio-pci.ko"));
+    host.root.join("sys/bus/pci/drivers/vfio-pci").exists() || listed("modules.builtin") || listed("modules.dep")
 }
 
 #[cfg(test)]
@@ -87,7 +100,18 @@ mod tests {
         assert_eq!(found.level, Level::Warn);
         assert!(found.detail.contains("limits a VM's memory (") && !found.detail.contains("threads"), "{}", found.detail);
         let bare = Host::at("/no/such/place");
-        assert_eq!((cgroup(&bare).level, iommu(&bare).level), (Level::Warn, Level::Info));
-        assert_eq!(iommu(&host).detail, "1 IOMMU group: devices can be passed through");
+        assert_eq!((cgroup(&bare).level, iommu(&bare, 0).level), (Level::Warn, Level::Info));
+    }
+
+    #[test]
+    fn without_an_iommu_or_its_driver_a_vm_with_devices_is_a_fail() {
+        let bare = Host::at("/no/such/place");
+        assert_eq!((iommu(&bare, 0).level, iommu(&bare, 1).level), (Level::Info, Level::Fail));
+        let (_directory, host) = host();
+        let without = iommu(&host, 2);
+        assert!(without.level == Level::Fail && without.detail.contains("vfio-pci") && without.detail.contains("2 VMs"), "{without:?}");
+        host.write("lib/modules/6.12.0/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz");
+        let with = iommu(&host, 2);
+        assert_eq!((with.level, with.detail.as_str()), (Level::Info, "1 IOMMU group and vfio-pci: devices can be passed through"));
     }
 }
