@@ -210,6 +210,31 @@ async fn a_socket_that_somebody_else_serves_is_not_used() {
 }
 
 #[tokio::test]
+async fn an_answer_brings_as_many_descriptors_as_it_has() {
+    use crate::operation::{Example, OpenTap, TapOpened};
+    let mut fake = Fake::new("fds");
+    fake.listen();
+    let (client, _events) = Client::start(fake.settings(), counting().0);
+    let mut peer = None;
+    for count in [0, 1, 8, crate::frame::MAX_FDS] {
+        let asking = tokio::spawn({
+            let client = client.clone();
+            async move { client.call(OpenTap::example(), vec![], LONG).await }
+        });
+        if peer.is_none() {
+            peer = Some(fake.accept().await);
+        }
+        let peer = peer.as_mut().unwrap();
+        let call = peer.call().await;
+        let files: Vec<OwnedFd> = (0..count).map(|_| std::fs::File::open("/dev/null").unwrap().into()).collect();
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let answer = ServerFrame::Answer(Answer { id: call.id, outcome: Outcome::Ok(Reply::TapOpen(TapOpened::example())) });
+        peer.channel.send(&answer, &fds).await.unwrap();
+        assert_eq!(asking.await.unwrap().unwrap().1.len(), count);
+    }
+}
+
+#[tokio::test]
 async fn a_supervisor_that_does_not_read_still_has_its_answers_read() {
     let mut fake = Fake::new("fullpipe");
     fake.listen();
