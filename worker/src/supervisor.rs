@@ -170,6 +170,11 @@ impl Link {
         let mut after = None;
         loop {
             let (mut page, _) = self.ask(Inventory { after }, Vec::new()).await?;
+            if page.devices.is_empty() && after.is_some() {
+                // Told with the first page, if not with each.
+                let known = self.facts.borrow().as_ref().map(|facts| facts.devices.clone());
+                page.devices = known.unwrap_or_default();
+            }
             let vms = std::mem::take(&mut page.vms);
             let more = page.more;
             let last = vms.last().map(|vm| vm.slot);

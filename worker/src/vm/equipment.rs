@@ -11,8 +11,8 @@
 //!
 //! The ports come before the QEMU: a guest whose ports can't be had is never booted.
 
-use super::Vm;
 use super::start::NotStarted;
+use super::{Vm, Want};
 use crate::vmfile::{Machine, Tap};
 use diarch_ipc::Error;
 use diarch_ipc::name::{Bdf, NicIndex, ShareName, Slot, Tenancy};
@@ -169,6 +169,7 @@ impl Vm {
         }
         self.equipment.dirty = false;
         for function in &machine.devices {
+            self.still_wanted()?;
             if self.equipment.devices.insert(function.clone(), Vec::new()).is_none() {
                 self.set(|status| status.reason = Some(format!("taking the device {function} from its driver")));
             }
@@ -180,6 +181,12 @@ impl Vm {
             }
         }
         Ok(())
+    }
+
+    /// Each device can take a minute: whoever wants the VM stopped meanwhile does not wait for all of them.
+    fn still_wanted(&self) -> Result<(), NotStarted> {
+        let intent = self.intent.borrow();
+        if intent.want == Want::Run { Ok(()) } else { Err(NotStarted::Refused(intent.why.clone())) }
     }
 
     async fn open_tap(&self, tenancy: Tenancy, machine: &Machine, tap: &Tap) -> Result<(TapOpened, Vec<OwnedFd>), Error> {

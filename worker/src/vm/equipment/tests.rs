@@ -34,6 +34,8 @@ struct Desk {
     vm: Option<VmRecord>,
     qemu: Option<Qemu>,
     devices: Vec<DeviceRecord>,
+    /// How long binding a device takes.
+    pause: Option<Duration>,
 }
 
 /// In QEMU's place: `cat`, which ends in order when its input does.
@@ -43,13 +45,17 @@ struct Qemu {
 }
 
 impl Qemu {
-    fn start() -> (Self, Vec<OwnedFd>) {
+    fn start() -> Self {
         let mut process = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
         let power = Arc::new(Mutex::new(process.stdin.take()));
-        let pid = rustix::process::Pid::from_child(&process);
+        Self { process, power }
+    }
+
+    fn handles(&self) -> Vec<OwnedFd> {
+        let pid = rustix::process::Pid::from_child(&self.process);
         let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
         let (theirs, mut monitor) = UnixStream::pair().unwrap();
-        let button = Arc::clone(&power);
+        let button = Arc::clone(&self.power);
         std::thread::spawn(move || {
             monitor.write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n").unwrap();
             for line in BufReader::new(monitor.try_clone().unwrap()).lines().map_while(Result::ok) {
@@ -61,7 +67,7 @@ impl Qemu {
                 }
             }
         });
-        (Self { process, power }, vec![pidfd, theirs.into()])
+        vec![pidfd, theirs.into()]
     }
 }
 
@@ -146,12 +152,17 @@ impl Desk {
             }
             Request::VmSpawn(ask) => {
                 assert_eq!(ask.spec.fds().len(), fds);
-                let (qemu, handles) = Qemu::start();
+                let qemu = Qemu::start();
+                out = qemu.handles();
                 let vm = self.vm.as_mut().unwrap();
                 assert!(matches!(vm.state, SlotState::Claimed | SlotState::Exited), "{vm:?}");
                 (vm.state, vm.pid, vm.spawned_ms) = (SlotState::Running, Some(1), Some(crate::journal::now_ms()));
-                (self.qemu, out) = (Some(qemu), handles);
+                self.qemu = Some(qemu);
                 Reply::VmSpawn(operation::Spawned { pid: 1, spawned_ms: crate::journal::now_ms() })
+            }
+            Request::VmAttach(_) => {
+                out = self.qemu.as_ref().unwrap().handles();
+                Reply::VmAttach(operation::Attached { pid: 1 })
             }
             Request::VfioBind(ask) => Reply::VfioBind(operation::Bound { device: self.device(&ask.function) }),
             Request::VfioRecover(ask) => Reply::VfioRecover(operation::Recovered { device: self.device(&ask.function) }),
@@ -225,6 +236,8 @@ async fn serve(listener: tokio::net::UnixListener, desk: Arc<Mutex<Desk>>) {
                     ClientFrame::Hello(_) => (ServerFrame::Hello(Hello::ours()), Vec::new()),
                     ClientFrame::Call(call) => {
                         let (outcome, out) = desk.lock().unwrap().answer(call.id, &call.request, fds.len());
+                        let pause = desk.lock().unwrap().pause.filter(|_| matches!(call.request, Request::VfioBind(_)));
+                        sleep(pause.unwrap_or_default()).await;
                         (ServerFrame::Answer(Answer { id: call.id, outcome }), out)
                     }
                 };
@@ -381,6 +394,38 @@ async fn the_next_worker_asks_for_the_same_and_finds_what_was_taken() {
     let status = healthy(&handle).await;
     assert_eq!(bench.asked(), [&["vfio.release 0000:67:00.0"], &EQUIPPED[..]].concat());
     assert_eq!(status.tenancy, Some(claim));
+}
+
+#[tokio::test]
+async fn a_worker_that_takes_over_a_vm_that_runs_knows_what_it_has() {
+    let bench = Bench::new();
+    let first = bench.start(whole(), None);
+    let before = healthy(&first).await;
+    drop(first);
+    bench.asked();
+    let record = bench.context.link.inventory().await.unwrap().remove(0);
+    let started = bench.context.store.started(&whole().name).unwrap();
+    assert_eq!(started.tap, before.tap);
+    let next = bench.start(whole(), Some(Found { record, machine: Some(started.machine), tap: started.tap, file: Some(started.file) }));
+    assert_eq!(healthy(&next).await.tap, before.tap);
+    assert_eq!(bench.asked(), ["vm.attach"]);
+    let bare = Desired { revision: "new".into(), ..plain() };
+    next.intend(|intent| (intent.desired, intent.restarts) = (Some(Arc::new(bare)), 1));
+    wait(&next, "restarted", |status| status.seen_restarts == 1 && status.phase == Phase::Healthy).await;
+    let expected = ["vfio.release 0000:65:00.0", "vfio.release 0000:66:00.0", "mount.detach models", "mount.detach scratch", "net.withdraw", "vm.spawn"];
+    assert_eq!(bench.asked(), expected);
+}
+
+#[tokio::test]
+async fn a_stop_does_not_wait_for_all_devices() {
+    let bench = Bench::new();
+    bench.desk().pause = Some(Duration::from_millis(300));
+    let handle = bench.start(whole(), None);
+    wait(&handle, "binding", |status| status.reason.as_ref().is_some_and(|reason| reason.contains("0000:65:00.0"))).await;
+    handle.intend(|intent| (intent.want, intent.why) = (Want::Stop, "stopped by a test".into()));
+    let status = wait(&handle, "at rest", |status| status.at_rest).await;
+    assert_eq!(status.reason.as_deref(), Some("stopped by a test"));
+    assert_eq!(bench.asked(), ["vm.claim", "vfio.bind 0000:65:00.0", "vm.release"]);
 }
 
 #[tokio::test]
