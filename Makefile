@@ -17,7 +17,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -E)
 
-.PHONY: help all build deb demo test test-fast bench lint guest tree lab docs clean prerequisites
+.PHONY: help all build deb demo test test-fast chaos bench lint guest tree lab docs clean prerequisites
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -48,6 +48,10 @@ test: lint guest tree lab deb ## everything: style, unit tests, and real VMs (ne
 
 test-fast: | prerequisites ## the tests that need no root, no QEMU and no guest
 	DIARCH_TEST_FAST=1 cargo test --workspace --locked
+
+# Another seed each time, and printed; ROUNDS=500 SEED=7 repeats what was done before.
+chaos: build ## random operations and random deaths, and nothing lost or left after each round (needs root)
+	$(SUDO) $(TARGET)/release/diarch-chaos --rounds $(or $(ROUNDS),2000) $(if $(SEED),--seed $(SEED))
 
 bench: build guest tree lab deb ## how long each step of a VM's life takes (needs root)
 	DIARCH_DEB=$(DEB) DIARCH_TREE=$(TREE) DIARCH_LAB=$(LAB) $(SUDO) $(TARGET)/release/diarch-bench --guest $(GUEST)

@@ -134,6 +134,8 @@ pub struct Builder {
     pub start_limit: StartLimit,
     /// Whether [`Host::leave_running`] may be called at the end.
     pub lives_on: bool,
+    /// The first of the VMs' users; otherwise they are chosen so that no two hosts of this PID namespace share one.
+    pub uid_first: Option<u32>,
     vms: Vec<(String, serde_json::Value)>,
 }
 
@@ -159,6 +161,7 @@ impl Host {
             // Tests kill more often than any operator; the limit has a test of its own.
             start_limit: StartLimit { count: 1000, within_ms: 1000 },
             lives_on: false,
+            uid_first: None,
             vms: Vec::new(),
         }
     }
@@ -236,7 +239,7 @@ impl Builder {
         fs::write(at("files/initrd"), "no initrd\n").expect("write");
 
         // Limits of the kernel's count per user id: two hosts at one time must not share theirs.
-        let uid_first = 300_000 + unique() * 5_000;
+        let uid_first = self.uid_first.unwrap_or_else(users);
         let unit = self.unit.as_ref().map(|u| format!("unit = {u:?}\n")).unwrap_or_default();
         let others: String = self.qemus.iter().map(|(name, program)| format!("[qemu.{name}]\npath = {:?}\n", copied(program))).collect();
         let grants = format!(
@@ -300,6 +303,11 @@ impl Builder {
         let manager = StandIn::start(&stand_in, &manager, &at("manager.json"), &at("manager.log"), bond).expect("the stand-in");
         Host { manager: Some(manager), uid_first, has_worker: self.worker, socket, dir }
     }
+}
+
+/// The first of a range of users that no other host on this machine has at this time.
+pub fn users() -> u32 {
+    300_000 + unique() * 5_000
 }
 
 /// A number that no other host on this machine uses at this time, from 0 to 799.
@@ -691,6 +699,19 @@ pub struct Session {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
+/// A question that is under way. It ends with its session.
+pub struct Asked {
+    runtime: tokio::runtime::Handle,
+    task: tokio::task::JoinHandle<Answered>,
+}
+
+impl Asked {
+    /// Waits for the answer; `None`: the session ended before it came.
+    pub fn answer(self) -> Option<Answered> {
+        self.runtime.block_on(self.task).ok()
+    }
+}
+
 struct AskManager {
     control: PathBuf,
 }
@@ -734,6 +755,13 @@ impl Session {
     /// Asks, and waits up to 20 s: long enough for every restart of the supervisor in a test.
     pub fn ask(&self, request: Request, fds: Vec<OwnedFd>) -> Answered {
         self.runtime.block_on(self.client.request(request, fds, Duration::from_secs(20)))
+    }
+
+    /// Asks, and does not wait.
+    pub fn begin(&self, request: Request, fds: Vec<OwnedFd>) -> Asked {
+        let client = self.client.clone();
+        let task = self.runtime.spawn(async move { client.request(request, fds, Duration::from_secs(20)).await });
+        Asked { runtime: self.runtime.clone(), task }
     }
 
     pub fn claim(&self, label: &str) -> operation::Claimed {

@@ -19,8 +19,10 @@
 //! | `lab`      | a Debian on an emulated machine, with devices to pass on and KVM                            |
 //! | `puppet`   | a worker without a will, in the worker's unit: asks what the test tells it to ask           |
 //! | `wire`     | connections under another user id, and frames that no honest worker sends                   |
+//! | `chaos`    | random operations and random deaths, and three accounts of the host compared after each round |
 //! | `stepper`  | kills a process at one chosen system call                                                   |
 
+pub mod chaos;
 pub mod host;
 pub mod lab;
 pub mod machine;

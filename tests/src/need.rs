@@ -20,6 +20,8 @@ pub enum Need {
     Machine,
     /// What [`Lab`](crate::lab::Lab) boots, and boots it with: `mke2fs`, QEMU, and the image (`tests/lab/build`) named by `DIARCH_LAB`.
     Lab,
+    /// `ip` and `nft`.
+    Network,
     /// The package (`make deb`), named by `DIARCH_DEB`.
     Package,
 }
@@ -49,6 +51,11 @@ impl Need {
                 ];
                 let missing: Vec<String> = parts.into_iter().flatten().collect();
                 (!missing.is_empty()).then(|| missing.join(" and "))
+            }
+            Need::Network => {
+                let tool = |name: &str| ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].iter().any(|dir| PathBuf::from(dir).join(name).exists());
+                let lacks: Vec<&str> = [("ip", "iproute2"), ("nft", "nftables")].iter().filter(|(name, _)| !tool(name)).map(|(_, package)| *package).collect();
+                (!lacks.is_empty()).then(|| format!("{} (apt install {})", lacks.join(" and "), lacks.join(" ")))
             }
             Need::Package => package().is_none().then(|| "the package (run make deb and set DIARCH_DEB to its path)".into()),
             Need::Kernel(major, minor) => {
@@ -121,7 +128,7 @@ pub fn met(test: &str, needs: &[Need]) -> bool {
 macro_rules! need {
     ($($need:expr),+ $(,)?) => {{
         #[allow(unused_imports)]
-        use $crate::need::Need::{Guest, Kernel, Lab, Machine, Package, Qemu, Root};
+        use $crate::need::Need::{Guest, Kernel, Lab, Machine, Network, Package, Qemu, Root};
         let name = std::thread::current().name().unwrap_or(module_path!()).to_owned();
         if !$crate::need::met(&name, &[$($need),+]) {
             return;

@@ -1,0 +1,391 @@
+//! Does what a plan says, in the worker's place, and remembers what must be so afterwards.
+
+use super::kernel::processes;
+use super::plan::{Ask, Claim, LASTING, Step, Succession, Then, Victim, WORDS, label};
+use crate::host::{Asked, Host, Session, WORKER};
+use crate::stand_in::{self, Unit};
+use crate::wire::{Hostile, Raw, Received};
+use diarch_ipc::Error;
+use diarch_ipc::client::State;
+use diarch_ipc::frame::{Outcome, ServerFrame};
+use diarch_ipc::name::{Label, RequestId, Tenancy};
+use diarch_ipc::operation::{self, HostInventory, Reply, Request, SlotState, VmRecord};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// What a test's client gives a supervisor that is killed again and again.
+const RESTARTS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(9)];
+
+/// For a supervisor that was killed, to serve again.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A question that nobody has waited for yet.
+struct UnderWay {
+    name: usize,
+    request: Request,
+    lasting: bool,
+    asked: Asked,
+}
+
+/// What the worker knows of a name.
+#[derive(Debug, Clone, Default)]
+struct Known {
+    tenancy: Option<Tenancy>,
+    former: Option<Tenancy>,
+}
+
+/// What must be so when all is settled.
+#[derive(Debug, Default)]
+struct Expected {
+    /// Claimed, and no release of it was asked for.
+    held: BTreeSet<Tenancy>,
+    /// Released, by the supervisor's own word.
+    gone: BTreeSet<Tenancy>,
+    /// Running, and nobody's victim.
+    alive: BTreeMap<Tenancy, u32>,
+    /// VMs that were asked or made to end in this round: whether they run is anybody's guess.
+    touched: BTreeSet<Tenancy>,
+}
+
+pub struct Actor<'a> {
+    host: &'a Host,
+    session: Option<Session>,
+    /// Replaced, and still there.
+    rival: Option<Session>,
+    names: BTreeMap<usize, Known>,
+    under_way: Vec<UnderWay>,
+    expected: Expected,
+    hostile: Vec<Hostile>,
+    /// What answers said that no supervisor should say.
+    wrong: Vec<String>,
+    /// How often each operation was answered how.
+    pub answers: BTreeMap<String, u64>,
+    pub kills: u64,
+}
+
+impl<'a> Actor<'a> {
+    pub fn new(host: &'a Host) -> Self {
+        Self {
+            host,
+            session: None,
+            rival: None,
+            names: BTreeMap::new(),
+            under_way: Vec::new(),
+            expected: Expected::default(),
+            hostile: crate::wire::hostile_frames(),
+            wrong: Vec::new(),
+            answers: BTreeMap::new(),
+            kills: 0,
+        }
+    }
+
+    fn session(&mut self) -> &Session {
+        let host = self.host;
+        self.session.get_or_insert_with(|| host.session_with(|settings| diarch_ipc::client::Settings { restarts: RESTARTS.to_vec(), ..settings }))
+    }
+
+    pub fn step(&mut self, step: &Step) {
+        match *step {
+            Step::Ask { name, ask, claim, then } => self.ask(name, ask, claim, then),
+            Step::Twice { name, killed } => self.twice(name, killed),
+            Step::Kill(victim) => self.kill(victim),
+            Step::Succeed(how) => self.succeed(how),
+            Step::Frame { which } => {
+                if let Ok(raw) = Raw::connect_as(&self.host.socket(), WORKER) {
+                    let _ = raw.send(&self.hostile[which % self.hostile.len()].bytes, &[]);
+                }
+            }
+            Step::Pause { micros } => std::thread::sleep(Duration::from_micros(micros)),
+        }
+    }
+
+    // ---- questions ----
+
+    fn ask(&mut self, name: usize, ask: Ask, claim: Claim, then: Then) {
+        let known = self.names.entry(name).or_default().clone();
+        let forged = RequestId { session: 0xf0f0, serial: name as u64 };
+        let first_slot = || diarch_ipc::name::Slot::new(0).expect("in range");
+        let tenancy = match claim {
+            Claim::Own => known.tenancy,
+            Claim::Former => known.former,
+            Claim::Forged => known.tenancy.map(|tenancy| Tenancy { claim: forged, ..tenancy }),
+        };
+        let tenancy = tenancy.unwrap_or(Tenancy { slot: first_slot(), claim: forged });
+        let mut fds = Vec::new();
+        let request = match ask {
+            Ask::Inventory => Request::HostInventory(operation::Inventory { after: None }),
+            Ask::Claim => Request::VmClaim(operation::Claim { label: Label::new(label(name)).expect("a label") }),
+            Ask::Spawn { words } => {
+                let (spec, files) = self.host.spec(WORDS[words]);
+                fds = files;
+                Request::VmSpawn(operation::Spawn { tenancy, spec })
+            }
+            Ask::Attach => Request::VmAttach(operation::Attach { tenancy }),
+            Ask::Console => Request::VmConsole(operation::Console { tenancy }),
+            Ask::Signal(signal) => Request::VmSignal(operation::Signal { tenancy, signal }),
+            Ask::Release => Request::VmRelease(operation::Release { tenancy }),
+        };
+        if matches!(ask, Ask::Signal(_) | Ask::Release) {
+            self.touch(tenancy);
+        }
+        if ask == Ask::Release {
+            self.expected.held.remove(&tenancy);
+        }
+        let lasting = matches!(ask, Ask::Spawn { words } if words < LASTING);
+        let asked = self.session().begin(request.clone(), fds);
+        let under_way = UnderWay { name, request, lasting, asked };
+        match then {
+            Then::Wait => self.finish(under_way),
+            Then::GoOn => self.under_way.push(under_way),
+        }
+    }
+
+    fn finish(&mut self, under_way: UnderWay) {
+        let UnderWay { name, request, lasting, asked } = under_way;
+        // The session that asked may be gone by now, and its questions with it.
+        let Some(answered) = asked.answer() else { return };
+        let operation = request.operation().name;
+        let kind = answered.as_ref().map_or_else(Error::kind, |_| "ok");
+        *self.answers.entry(format!("{operation}: {kind}")).or_insert(0) += 1;
+        match answered {
+            Ok((reply, fds)) => self.believe(name, &request, &reply, fds, lasting),
+            Err(Error::Superseded) => {}
+            Err(error @ (Error::Timeout { .. } | Error::Exhausted { retry_after_ms: Some(_), .. })) => {
+                self.wrong.push(format!("{operation} of {}: {error}", label(name)))
+            }
+            // A panic, a lost answer, a supervisor that could not be reached.
+            Err(Error::Failed { step, detail, .. }) if ["dispatch", "connect", "answer"].contains(&&*step) => {
+                self.wrong.push(format!("{operation} of {}: failed in {step}: {detail}", label(name)));
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn believe(&mut self, name: usize, request: &Request, reply: &Reply, fds: Vec<OwnedFd>, lasting: bool) {
+        let expected = request.operation().fds_out.len();
+        if fds.len() != expected {
+            self.wrong.push(format!("{} of {} came with {} descriptors in place of {expected}", request.operation().name, label(name), fds.len()));
+        }
+        match (request, reply) {
+            (_, Reply::VmClaim(claimed)) => self.claimed(name, claimed.tenancy),
+            (Request::VmRelease(ask), Reply::VmRelease(_)) => {
+                self.expected.gone.insert(ask.tenancy);
+            }
+            (Request::VmSpawn(ask), Reply::VmSpawn(spawned)) if lasting && !self.expected.touched.contains(&ask.tenancy) => {
+                self.expected.alive.insert(ask.tenancy, spawned.pid);
+            }
+            _ => {}
+        }
+    }
+
+    fn claimed(&mut self, name: usize, tenancy: Tenancy) {
+        let known = self.names.entry(name).or_default();
+        if known.tenancy != Some(tenancy) {
+            known.former = known.tenancy.replace(tenancy);
+            self.expected.held.insert(tenancy);
+        }
+    }
+
+    fn touch(&mut self, tenancy: Tenancy) {
+        self.expected.touched.insert(tenancy);
+        self.expected.alive.remove(&tenancy);
+    }
+
+    /// One id means one request: what it is answered is the same, whoever answers.
+    fn twice(&mut self, name: usize, killed: bool) {
+        self.succeed(Succession::Death);
+        let request = Request::VmClaim(operation::Claim { label: Label::new(label(name)).expect("a label") });
+        let Some(mut raw) = self.raw() else { return };
+        let id = raw.next_id();
+        let first = raw.ask_as(id, request.clone(), &[]);
+        if killed {
+            self.kill(Victim::Supervisor);
+            let Some(again) = self.raw() else { return };
+            raw = again;
+        }
+        let second = raw.ask_as(id, request, &[]);
+        match (first, second) {
+            (Ok((Outcome::Ok(one), _)), second) if !matches!(&second, Ok((Outcome::Ok(two), _)) if one == *two) => {
+                self.wrong.push(format!("asked twice under one id, {} was answered {one:?} and {second:?}", label(name)));
+            }
+            // A refusal may have passed: the name's release was under way.
+            (_, Ok((Outcome::Ok(Reply::VmClaim(claimed)), _))) => self.claimed(name, claimed.tenancy),
+            (_, Ok(_)) => {}
+            (_, Err(error)) => self.wrong.push(format!("asked again, {} was not answered: {error}", label(name))),
+        }
+    }
+
+    /// A connection that is spoken to by hand, to a supervisor that may just be dying or starting.
+    fn raw(&mut self) -> Option<Raw> {
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            if let Ok(raw) = Raw::connect_as(&self.host.socket(), WORKER)
+                && matches!(raw.hello(), Received::Frame(frame, _) if matches!(*frame, ServerFrame::Hello(_)))
+            {
+                return Some(raw);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.wrong.push(format!("no Hello within {PATIENCE:?}"));
+        None
+    }
+
+    // ---- deaths ----
+
+    fn succeed(&mut self, how: Succession) {
+        if how == Succession::Rivalry {
+            self.rival = self.session.take();
+            return;
+        }
+        // What it had asked is asked no more. Whether it was done, the inventory will tell.
+        self.session = None;
+        self.rival = None;
+        self.under_way.clear();
+    }
+
+    fn kill(&mut self, victim: Victim) {
+        self.kills += 1;
+        let manager = self.host.manager();
+        match victim {
+            Victim::Supervisor => drop(manager.ask(&stand_in::Ask::Kill(Unit::Supervisor, nix::libc::SIGKILL))),
+            // SIGTERM, and the manager starts it anew as it does after any end.
+            Victim::SupervisorInOrder => drop(manager.ask(&stand_in::Ask::Kill(Unit::Supervisor, nix::libc::SIGTERM))),
+            Victim::Qemu { name } => {
+                let Some(tenancy) = self.names.get(&name).and_then(|known| known.tenancy) else { return };
+                let Some(pid) = self.expected.alive.get(&tenancy).copied() else { return };
+                self.touch(tenancy);
+                kill(pid.cast_signed());
+            }
+            Victim::Child { which } => {
+                let own = self.own();
+                let alive: Vec<i32> = self.expected.alive.values().map(|pid| pid.cast_signed()).collect();
+                let children: Vec<i32> = processes()
+                    .into_iter()
+                    .filter(|process| process.state != 'Z' && !own.contains(&process.pid) && !alive.contains(&process.pid))
+                    .map(|p| p.pid)
+                    .collect();
+                if !children.is_empty() {
+                    // Whose it is, nobody can tell: nothing that is being started now must live.
+                    for under_way in &self.under_way {
+                        if let Some(tenancy) = under_way.request.tenancy() {
+                            self.expected.touched.insert(tenancy);
+                        }
+                    }
+                    kill(children[which % children.len()]);
+                }
+            }
+        }
+    }
+
+    /// The processes that are this run's own and no victims: ourselves, the manager, the supervisor.
+    pub fn own(&self) -> Vec<i32> {
+        let manager = self.host.manager();
+        let supervisor = manager.unit(Unit::Supervisor).pid;
+        [std::process::id().cast_signed(), manager.pid()].into_iter().chain(supervisor).collect()
+    }
+
+    // ---- the end of a round ----
+
+    /// Waits for every answer, and for a supervisor that serves one worker. What is wrong by then.
+    pub fn settle(&mut self) -> Vec<String> {
+        for under_way in std::mem::take(&mut self.under_way) {
+            self.finish(under_way);
+        }
+        // Of two workers the one that connects last wins, also when the supervisor dies and both come again: the one that lost begins anew.
+        let rivalry = self.rival.take().is_some();
+        if self.told().is_err() {
+            if let Some(State::GaveUp { reason }) = self.session.as_ref().map(Session::state)
+                && !(rivalry && reason.contains("superseded"))
+            {
+                self.wrong.push(format!("the client gave up: {reason}"));
+            }
+            self.session = None;
+        }
+        std::mem::take(&mut self.wrong)
+    }
+
+    /// What `host.inventory` says.
+    pub fn told(&mut self) -> Result<HostInventory, String> {
+        let ask = Request::HostInventory(operation::Inventory { after: None });
+        match self.session().ask(ask, Vec::new()) {
+            Ok((Reply::HostInventory(inventory), _)) => Ok(inventory),
+            other => Err(format!("host.inventory: {other:?}")),
+        }
+    }
+
+    /// What was promised and is not so.
+    pub fn broken_promises(&self, told: &[VmRecord]) -> Vec<String> {
+        let find = |tenancy: &Tenancy| told.iter().find(|vm| vm.tenancy() == *tenancy);
+        let mut wrong = Vec::new();
+        for tenancy in &self.expected.held {
+            if find(tenancy).is_none() {
+                wrong.push(format!("slot {} was claimed as {}, was never released, and is gone", tenancy.slot, tenancy.claim));
+            }
+        }
+        for tenancy in &self.expected.gone {
+            if find(tenancy).is_some() {
+                wrong.push(format!("slot {} was released under the claim {}, and is there", tenancy.slot, tenancy.claim));
+            }
+        }
+        for (tenancy, pid) in &self.expected.alive {
+            match find(tenancy) {
+                Some(vm) if vm.state == SlotState::Running && vm.pid == Some(*pid) => {}
+                found => wrong.push(format!("the VM in slot {} ran as process {pid}, nobody ended it, and now it is {found:?}", tenancy.slot)),
+            }
+        }
+        wrong
+    }
+
+    /// Begins the next round with what the supervisor says, as a respawned worker does.
+    pub fn learn(&mut self, told: &[VmRecord]) {
+        let mut expected = Expected::default();
+        for name in 0..super::plan::NAMES {
+            let label = label(name);
+            let found = told.iter().find(|vm| vm.label.as_str() == label).map(VmRecord::tenancy);
+            let known = self.names.entry(name).or_default();
+            if found != known.tenancy {
+                known.former = known.tenancy;
+                known.tenancy = found;
+            }
+        }
+        for vm in told {
+            expected.held.insert(vm.tenancy());
+            // One that is about to end by itself is told apart by its end only.
+            if let (Some(pid), true) = (vm.pid, self.expected.alive.contains_key(&vm.tenancy())) {
+                expected.alive.insert(vm.tenancy(), pid);
+            }
+        }
+        self.expected = expected;
+    }
+
+    pub fn release_all(&mut self) -> Result<(), String> {
+        for vm in self.told()?.vms {
+            self.touch(vm.tenancy());
+            self.expected.held.remove(&vm.tenancy());
+            let ask = Request::VmRelease(operation::Release { tenancy: vm.tenancy() });
+            self.session().ask(ask, Vec::new()).map_err(|error| format!("the release of {}: {error}", vm.label))?;
+        }
+        Ok(())
+    }
+}
+
+fn kill(pid: i32) {
+    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+}
+
+/// Waits until `settled` finds nothing wrong, or says what it found last.
+pub fn until_settled(within: Duration, mut settled: impl FnMut() -> Vec<String>) -> Vec<String> {
+    let until = Instant::now() + within;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        let wrong = settled();
+        if wrong.is_empty() || Instant::now() > until {
+            return wrong;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(100));
+    }
+}

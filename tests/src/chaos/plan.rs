@@ -1,0 +1,226 @@
+//! What a round does: decided by the seed and the round's number, and by nothing else.
+
+use diarch_ipc::operation::SignalKind;
+use std::fmt;
+
+/// VMs by name; one more than there are slots, so that slots run out.
+pub const NAMES: usize = 5;
+pub const SLOTS: u16 = 4;
+
+/// A sequence that its seed decides (splitmix64: every seed is a good one).
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64, round: u64) -> Self {
+        let mut mixed = Self(seed ^ round.wrapping_mul(0xa076_1d64_78bd_642f));
+        mixed.next();
+        mixed
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() % limit.max(1) as u64).unwrap_or(0)
+    }
+
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// One of these, each as often as its weight says.
+    pub fn weighed<T: Clone>(&mut self, from: &[(usize, T)]) -> T {
+        let mut at = self.below(from.iter().map(|(weight, _)| weight).sum());
+        for (weight, value) in from {
+            if at < *weight {
+                return value.clone();
+            }
+            at -= weight;
+        }
+        from[0].1.clone()
+    }
+}
+
+/// What a VM is told to do with itself (see `diarch-stub-qemu`).
+pub const WORDS: [&str; 5] = ["", "stub.mute", "stub.exit=3", "stub.crash-after-ms=3", "stub.poweroff-after-ms=5"];
+/// Of these, so many don't end by themselves.
+pub const LASTING: usize = 2;
+
+/// What is asked of the supervisor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ask {
+    Inventory,
+    Claim,
+    Spawn { words: usize },
+    Attach,
+    Console,
+    Signal(SignalKind),
+    Release,
+}
+
+/// In whose name it is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claim {
+    /// The claim that the name has, or had last.
+    Own,
+    /// The slot that the name has, under a claim that nobody made.
+    Forged,
+    /// The slot that the name has, under the claim that had it before.
+    Former,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    Wait,
+    /// The next step comes while this is under way.
+    GoOn,
+}
+
+/// Who dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Victim {
+    Supervisor,
+    /// Asked to go (SIGTERM), and started anew.
+    SupervisorInOrder,
+    Qemu {
+        name: usize,
+    },
+    /// Any process below the supervisor that is no running QEMU: one that waits at its gate, a helper's child.
+    Child {
+        which: usize,
+    },
+}
+
+/// How another worker comes to take over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Succession {
+    /// The one before it dies, with all that it asked.
+    Death,
+    /// The one before it is still there.
+    Rivalry,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Ask {
+        name: usize,
+        ask: Ask,
+        claim: Claim,
+        then: Then,
+    },
+    /// One claim, asked twice under one id, with the supervisor's death in between or not.
+    Twice {
+        name: usize,
+        killed: bool,
+    },
+    Kill(Victim),
+    Succeed(Succession),
+    /// A frame that no honest worker sends.
+    Frame {
+        which: usize,
+    },
+    Pause {
+        micros: u64,
+    },
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Ask { name, ask, claim, then } => {
+                write!(f, "ask {ask:?} of {}", label(*name))?;
+                if *claim != Claim::Own {
+                    write!(f, ", {claim:?} claim")?;
+                }
+                if *then == Then::GoOn { f.write_str(", and go on") } else { Ok(()) }
+            }
+            Step::Twice { name, killed } => {
+                write!(f, "claim {} twice under one id{}", label(*name), if *killed { ", the supervisor killed in between" } else { "" })
+            }
+            Step::Kill(victim) => write!(f, "kill {victim:?}"),
+            Step::Succeed(how) => write!(f, "another worker, by {how:?}"),
+            Step::Frame { which } => write!(f, "hostile frame {which}"),
+            Step::Pause { micros } => write!(f, "pause {micros} us"),
+        }
+    }
+}
+
+pub fn label(name: usize) -> String {
+    format!("chaos-{name}")
+}
+
+/// The steps of a round.
+pub fn plan(seed: u64, round: u64) -> Vec<Step> {
+    let mut random = Random::new(seed, round);
+    let mut steps = Vec::new();
+    // Few names in a round: operations must meet.
+    let names = [random.below(NAMES), random.below(NAMES), random.below(NAMES)];
+    for _ in 0..4 + random.below(10) {
+        let name = random.pick(&names);
+        let step = match random.below(100) {
+            0..=69 => {
+                let ask = ask(&mut random);
+                // Most of what is asked of nobody's slot is refused at the door: not too much of that.
+                if !matches!(ask, Ask::Claim | Ask::Inventory | Ask::Release) && random.below(3) > 0 {
+                    steps.push(Step::Ask { name, ask: Ask::Claim, claim: Claim::Own, then: Then::Wait });
+                }
+                Step::Ask { name, ask, claim: claim(&mut random), then: random.weighed(&[(1, Then::Wait), (1, Then::GoOn)]) }
+            }
+            70..=86 => Step::Kill(victim(&mut random, name)),
+            87..=91 => Step::Succeed(random.pick(&[Succession::Death, Succession::Rivalry])),
+            92..=94 => Step::Twice { name, killed: random.below(2) == 0 },
+            _ => Step::Frame { which: random.below(100_000) },
+        };
+        steps.push(step);
+        // What is under way is met at another point each time.
+        if matches!(step, Step::Ask { then: Then::GoOn, .. }) && random.below(2) == 0 {
+            let most = random.pick(&[50, 300, 2_000, 12_000]);
+            steps.push(Step::Pause { micros: random.next() % most });
+        }
+    }
+    steps
+}
+
+fn ask(random: &mut Random) -> Ask {
+    let spawn = Ask::Spawn { words: random.weighed(&[(6, 0), (1, 1), (1, 2), (1, 3), (1, 4)]) };
+    let signal = Ask::Signal(random.pick(&[SignalKind::Kill, SignalKind::Terminate]));
+    random.weighed(&[(24, Ask::Claim), (30, spawn), (18, Ask::Release), (8, signal), (5, Ask::Attach), (5, Ask::Console), (4, Ask::Inventory)])
+}
+
+fn claim(random: &mut Random) -> Claim {
+    random.weighed(&[(16, Claim::Own), (1, Claim::Forged), (1, Claim::Former)])
+}
+
+fn victim(random: &mut Random, name: usize) -> Victim {
+    let child = Victim::Child { which: random.below(1_000) };
+    random.weighed(&[(8, Victim::Supervisor), (1, Victim::SupervisorInOrder), (4, Victim::Qemu { name }), (4, child)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_and_a_round_name_one_plan_and_others_name_others() {
+        assert_eq!(plan(7, 3), plan(7, 3));
+        assert_ne!(plan(7, 3), plan(7, 4));
+        assert_ne!(plan(7, 3), plan(8, 3));
+    }
+
+    #[test]
+    fn every_kind_of_step_comes_within_a_few_rounds() {
+        let steps: Vec<String> = (0..60).flat_map(|round| plan(1, round)).map(|step| step.to_string()).collect();
+        for kind in ["Claim", "Spawn", "Attach", "Console", "Signal", "Release", "Forged", "Former", "go on", "twice", "killed in between"] {
+            assert!(steps.iter().any(|step| step.contains(kind)), "no step with {kind}");
+        }
+        for kind in ["kill Supervisor", "kill Qemu", "kill Child", "another worker", "hostile frame", "pause"] {
+            assert!(steps.iter().any(|step| step.contains(kind)), "no step with {kind}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Something left behind on purpose, of each kind that the kernel's account knows: a run that does not find it proves nothing.
+
+use crate::host::Host;
+use crate::stand_in::Unit;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plant {
+    /// Of a VM's user.
+    Process,
+    Link,
+    Address,
+    Route,
+    Policy,
+    Filter,
+    Mount,
+    File,
+    Socket,
+    Port,
+    /// A record that the supervisor does not know.
+    Record,
+    /// A running VM's record that is gone.
+    Amnesia,
+}
+
+pub const ALL: [Plant; 12] = [
+    Plant::Process,
+    Plant::Link,
+    Plant::Address,
+    Plant::Route,
+    Plant::Policy,
+    Plant::Filter,
+    Plant::Mount,
+    Plant::File,
+    Plant::Socket,
+    Plant::Port,
+    Plant::Record,
+    Plant::Amnesia,
+];
+
+impl std::fmt::Display for Plant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&format!("{self:?}").to_lowercase())
+    }
+}
+
+impl std::str::FromStr for Plant {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        ALL.into_iter().find(|plant| plant.to_string() == text).ok_or_else(|| format!("there is no plant {text:?}"))
+    }
+}
+
+impl Plant {
+    pub fn put(self, host: &Host, user: u32) -> io::Result<()> {
+        let ip = |words: &[&str]| command(Command::new("ip").args(words));
+        match self {
+            Plant::Process => {
+                let child = Command::new("sleep").arg("1000").uid(user).gid(user).stdin(Stdio::null()).spawn()?;
+                // It ends with the namespace; nobody waits for it.
+                std::mem::forget(child);
+                Ok(())
+            }
+            Plant::Link => ip(&["link", "add", "stray0", "type", "bridge"]),
+            Plant::Address => ip(&["address", "add", "127.7.7.7/32", "dev", "lo"]),
+            Plant::Route => ip(&["route", "add", "10.99.0.0/16", "dev", "lo"]),
+            Plant::Policy => ip(&["rule", "add", "from", "10.99.0.1", "table", "99"]),
+            Plant::Filter => command(Command::new("nft").args(["add", "table", "inet", "stray"])),
+            Plant::Mount => {
+                let pid = host.manager().unit(Unit::Supervisor).pid.unwrap_or_default().to_string();
+                command(Command::new("nsenter").args(["-t", &pid, "-m", "mount", "-t", "tmpfs", "stray", "/mnt"]))
+            }
+            Plant::File => std::fs::write(host.inside("run/vm/.3.gone"), ""),
+            Plant::Socket => {
+                let listener = std::os::unix::net::UnixListener::bind(host.path("run/vm").join("stray.sock"))?;
+                std::mem::forget(listener);
+                Ok(())
+            }
+            Plant::Port => {
+                std::mem::forget(std::net::TcpListener::bind("127.0.0.1:0")?);
+                Ok(())
+            }
+            Plant::Record => {
+                let slot = host.inside("run/vm/77");
+                std::fs::create_dir(&slot)?;
+                std::fs::write(slot.join("record.json"), "{\"slot\": 77, \"state\": \"claimed\"}")
+            }
+            Plant::Amnesia => {
+                let session = host.session();
+                session.inventory().vms.iter().for_each(|vm| drop(session.release(vm.tenancy())));
+                let tenancy = session.claim("forgotten").tenancy;
+                session.spawn(host, tenancy, "");
+                remove(&host.inside("run/vm").join(tenancy.slot.to_string()))
+            }
+        }
+    }
+}
+
+fn remove(directory: &Path) -> io::Result<()> {
+    std::fs::remove_dir_all(directory)
+}
+
+fn command(command: &mut Command) -> io::Result<()> {
+    let status = command.stdin(Stdio::null()).status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(format!("{command:?}: {status}"))) }
+}
