@@ -166,7 +166,7 @@ pub struct Left {
 pub struct Status {
     pub supervisor: UnitStatus,
     pub worker: Option<UnitStatus>,
-    /// Processes that were reparented to the manager and have ended since: (pid, how).
+    /// Processes that were reparented to the manager and have ended since, the latest ones: (pid, how).
     pub orphans: Vec<(i32, String)>,
 }
 

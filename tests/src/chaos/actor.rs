@@ -4,6 +4,7 @@ use super::kernel::processes;
 use super::plan::{Ask, Claim, LASTING, Step, Succession, Then, Victim, WORDS, label};
 use crate::host::{Asked, Host, Session, WORKER};
 use crate::stand_in::{self, Unit};
+use crate::stepper::{self, kill_at_syscall};
 use crate::wire::{Hostile, Raw, Received};
 use diarch_ipc::Error;
 use diarch_ipc::client::State;
@@ -88,6 +89,7 @@ impl<'a> Actor<'a> {
     pub fn step(&mut self, step: &Step) {
         match *step {
             Step::Ask { name, ask, claim, then } => self.ask(name, ask, claim, then),
+            Step::Cut { name, ask, at } => self.cut(name, ask, at),
             Step::Twice { name, killed } => self.twice(name, killed),
             Step::Kill(victim) => self.kill(victim),
             Step::Succeed(how) => self.succeed(how),
@@ -103,6 +105,31 @@ impl<'a> Actor<'a> {
     // ---- questions ----
 
     fn ask(&mut self, name: usize, ask: Ask, claim: Claim, then: Then) {
+        let under_way = self.begin(name, ask, claim);
+        match then {
+            Then::Wait => self.finish(under_way),
+            Then::GoOn => self.under_way.push(under_way),
+        }
+    }
+
+    /// The supervisor dies at one chosen system call of its own: in windows that no chance kill meets.
+    fn cut(&mut self, name: usize, ask: Ask, at: u64) {
+        let Some(pid) = self.host.manager().unit(Unit::Supervisor).pid else { return self.ask(name, ask, Claim::Own, Then::Wait) };
+        let mut answered = false;
+        let outcome = kill_at_syscall(pid, at, || {
+            answered = true;
+            self.ask(name, ask, Claim::Own, Then::Wait);
+        });
+        match outcome {
+            Ok((stepper::Outcome::Killed { .. }, ())) => self.kills += 1,
+            Ok(_) => {}
+            // Dying since a moment before, it can't be traced; what was to be asked then is asked nevertheless.
+            Err(_) if !answered => self.ask(name, ask, Claim::Own, Then::Wait),
+            Err(_) => {}
+        }
+    }
+
+    fn begin(&mut self, name: usize, ask: Ask, claim: Claim) -> UnderWay {
         let known = self.names.entry(name).or_default().clone();
         let forged = RequestId { session: 0xf0f0, serial: name as u64 };
         let first_slot = || diarch_ipc::name::Slot::new(0).expect("in range");
@@ -134,11 +161,7 @@ impl<'a> Actor<'a> {
         }
         let lasting = matches!(ask, Ask::Spawn { words } if words < LASTING);
         let asked = self.session().begin(request.clone(), fds);
-        let under_way = UnderWay { name, request, lasting, asked };
-        match then {
-            Then::Wait => self.finish(under_way),
-            Then::GoOn => self.under_way.push(under_way),
-        }
+        UnderWay { name, request, lasting, asked }
     }
 
     fn finish(&mut self, under_way: UnderWay) {

@@ -114,6 +114,12 @@ pub enum Step {
         claim: Claim,
         then: Then,
     },
+    /// As `Ask` and `Wait`, and the supervisor is killed at its so many-th system call from then on.
+    Cut {
+        name: usize,
+        ask: Ask,
+        at: u64,
+    },
     /// One claim, asked twice under one id, with the supervisor's death in between or not.
     Twice {
         name: usize,
@@ -140,6 +146,7 @@ impl fmt::Display for Step {
                 }
                 if *then == Then::GoOn { f.write_str(", and go on") } else { Ok(()) }
             }
+            Step::Cut { name, ask, at } => write!(f, "ask {ask:?} of {}, the supervisor killed at its system call {at}", label(*name)),
             Step::Twice { name, killed } => {
                 write!(f, "claim {} twice under one id{}", label(*name), if *killed { ", the supervisor killed in between" } else { "" })
             }
@@ -164,20 +171,30 @@ pub fn plan(seed: u64, round: u64) -> Vec<Step> {
     for _ in 0..4 + random.below(10) {
         let name = random.pick(&names);
         let step = match random.below(100) {
-            0..=69 => {
+            0..=71 => {
                 let ask = ask(&mut random);
                 // Most of what is asked of nobody's slot is refused at the door: not too much of that.
                 if !matches!(ask, Ask::Claim | Ask::Inventory | Ask::Release) && random.below(3) > 0 {
                     steps.push(Step::Ask { name, ask: Ask::Claim, claim: Claim::Own, then: Then::Wait });
                 }
-                Step::Ask { name, ask, claim: claim(&mut random), then: random.weighed(&[(1, Then::Wait), (1, Then::GoOn)]) }
+                // The longest of them makes some three hundred.
+                let most = random.pick(&[20, 60, 150, 350]);
+                let cut = Step::Cut { name, ask, at: 1 + random.next() % most };
+                let then = random.weighed(&[(1, Then::Wait), (1, Then::GoOn)]);
+                let asked = Step::Ask { name, ask, claim: claim(&mut random), then };
+                random.weighed(&[(4, asked), (1, cut)])
             }
-            70..=86 => Step::Kill(victim(&mut random, name)),
+            72..=86 => Step::Kill(victim(&mut random, name)),
             87..=91 => Step::Succeed(random.pick(&[Succession::Death, Succession::Rivalry])),
             92..=94 => Step::Twice { name, killed: random.below(2) == 0 },
             _ => Step::Frame { which: random.below(100_000) },
         };
         steps.push(step);
+        // The next one is met while it looks at what this one left.
+        if step == Step::Kill(Victim::Supervisor) && random.below(3) == 0 {
+            steps.push(Step::Pause { micros: random.next() % 15_000 });
+            steps.push(Step::Kill(Victim::Supervisor));
+        }
         // What is under way is met at another point each time.
         if matches!(step, Step::Ask { then: Then::GoOn, .. }) && random.below(2) == 0 {
             let most = random.pick(&[50, 300, 2_000, 12_000]);
@@ -216,7 +233,7 @@ mod tests {
     #[test]
     fn every_kind_of_step_comes_within_a_few_rounds() {
         let steps: Vec<String> = (0..60).flat_map(|round| plan(1, round)).map(|step| step.to_string()).collect();
-        for kind in ["Claim", "Spawn", "Attach", "Console", "Signal", "Release", "Forged", "Former", "go on", "twice", "killed in between"] {
+        for kind in ["Claim", "Spawn", "Attach", "Console", "Signal", "Release", "Forged", "Former", "go on", "twice", "killed in between", "system call"] {
             assert!(steps.iter().any(|step| step.contains(kind)), "no step with {kind}");
         }
         for kind in ["kill Supervisor", "kill Qemu", "kill Child", "another worker", "hostile frame", "pause"] {

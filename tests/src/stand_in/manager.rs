@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// Between `execve` and `READY=1`.
 const START_PATIENCE: Duration = Duration::from_secs(15);
+/// Orphans that are remembered after their end.
+const MAX_ORPHANS: usize = 64;
 /// A question is one line.
 const MAX_QUESTION: usize = 4096;
 
@@ -238,7 +240,13 @@ impl Manager {
             };
             match self.units.iter().position(|u| u.running.as_ref().is_some_and(|r| r.pid == pid)) {
                 Some(at) => self.died(at, pid, how),
-                None => self.orphans.push((pid.as_raw(), how)),
+                None => {
+                    // The latest: a long run has thousands, and every answer would carry them.
+                    if self.orphans.len() == MAX_ORPHANS {
+                        self.orphans.remove(0);
+                    }
+                    self.orphans.push((pid.as_raw(), how));
+                }
             }
         }
     }
