@@ -3,6 +3,7 @@
 //! Everything that reads or writes the host's sysfs, procfs or device nodes takes their places from here, so that vetting, ledger and audit are the same over a
 //! fixture tree as over a kernel. On a stage, what can't be done by an ordinary user is said instead of done, and goes into the audit.
 
+use crate::vm::jail::Walls;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -59,6 +60,11 @@ impl Host {
     /// The user that a slot's processes really have: in a rehearsal all are ours.
     pub fn user_of(&self, slots_user: u32) -> u32 {
         if self.is_rehearsed() { self.owner } else { slots_user }
+    }
+
+    /// What stands around a VM's processes.
+    pub fn walls(&self) -> Walls {
+        if self.is_rehearsed() { Walls::Stage } else { Walls::Jail }
     }
 
     /// On a stage: says what would have been done, and that it was not. `true`: that was all.

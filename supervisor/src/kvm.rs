@@ -68,14 +68,14 @@ pub fn device_group() -> Option<u32> {
 }
 
 /// Runs the probe as user `uid`, for at most [`PATIENCE`].
-pub fn probe_as(uid: u32) -> KvmVerdict {
-    match run_probe(uid) {
+pub fn probe_as(uid: u32, walls: jail::Walls) -> KvmVerdict {
+    match run_probe(uid, walls) {
         Ok(verdict) => verdict,
         Err(error) => KvmVerdict::Absent { reason: format!("the probe did not run: {error}") },
     }
 }
 
-fn run_probe(uid: u32) -> Result<KvmVerdict, Error> {
+fn run_probe(uid: u32, walls: jail::Walls) -> Result<KvmVerdict, Error> {
     if !std::path::Path::new(DEVICE).exists() {
         return Ok(KvmVerdict::Absent { reason: format!("there is no {DEVICE} (kvm_intel or kvm_amd is not loaded, or virtualisation is off)") });
     }
@@ -94,6 +94,7 @@ fn run_probe(uid: u32) -> Result<KvmVerdict, Error> {
         network: jail::Network::Own,
         sockets: jail::Sockets::Unix,
         sandbox: jail::Sandbox::Ours,
+        walls,
     };
     let pidfd = jail::fork(plan)?.open(PATIENCE)?;
     let ended = crate::process::wait_ended(&pidfd, PATIENCE).map_err(io)?;

@@ -306,7 +306,8 @@ impl Supervisor {
         // Left by grants with another range: a VM's process must not be within the probe's reach, nor the probe in a VM's.
         let taken = self.slots.borrow().values().any(|vm| vm.record.uid == uid);
         let reason = format!("the user id {uid} of the probe (uid_first + max) is a VM's from before the grants were changed");
-        let probe = move || if taken { KvmVerdict::Absent { reason } } else { crate::kvm::probe_as(uid) };
+        let walls = self.host.walls();
+        let probe = move || if taken { KvmVerdict::Absent { reason } } else { crate::kvm::probe_as(uid, walls) };
         if let Ok(verdict) = self.helpers.run("probe KVM", probe).await {
             tracing::info!(?verdict, "KVM probed");
             self.note(&format!("kvm: {verdict:?}"));

@@ -71,6 +71,15 @@ pub struct Plan {
     pub network: Network,
     pub sockets: Sockets,
     pub sandbox: Sandbox,
+    pub walls: Walls,
+}
+
+/// Whether there is a jail at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Walls {
+    Jail,
+    /// In a rehearsal an ordinary user can make none: the program runs as that user, in the host's own tree, with the limits and descriptors of the plan.
+    Stage,
 }
 
 /// What the kernel counts for the process or its user, hard and soft.
@@ -134,9 +143,12 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
         Some(place) => plan.root.empty(place),
         None => plan.root,
     };
-    let tree = root.build()?;
-    let mut namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC;
+    let (tree, mut namespaces) = match plan.walls {
+        Walls::Jail => (Some(root.build()?), libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC),
+        Walls::Stage => (None, 0),
+    };
     let network = match &plan.network {
+        _ if plan.walls == Walls::Stage => None,
         Network::Own => {
             namespaces |= libc::CLONE_NEWNET;
             None
@@ -144,7 +156,7 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
         Network::Host => None,
         Network::Given(namespace) => Some(namespace.as_raw_fd()),
     };
-    let parts = tree.parts.iter().map(|part| Part {
+    let parts = tree.iter().flat_map(|tree| &tree.parts).map(|part| Part {
         at: part.at.as_ptr(),
         made: match &part.made {
             root::Made::Mount(mount) => Made::Mount(mount.as_raw_fd()),
@@ -165,7 +177,7 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
         locked_bytes: plan.limits.locked_bytes,
         gate: theirs.as_raw_fd(),
         network,
-        root: tree.root.as_raw_fd(),
+        root: tree.as_ref().map(|tree| tree.root.as_raw_fd()),
         parts: parts.collect(),
         filter: libc::sock_fprog {
             len: u16::try_from(filter.len()).map_err(|e| step("system call filter", io::Error::other(e)))?,
@@ -187,7 +199,7 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
             // Race-free: the child is ours and not reaped, so its number can't have been given to another.
             let raw = Pid::from_raw(pid.cast_signed()).ok_or_else(|| step("clone", io::Error::from(io::ErrorKind::InvalidData)))?;
             let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK).map_err(|e| step("pidfd_open", e.into()))?;
-            Ok(Gated { pid, pidfd, gate: Some(ours), parts: tree.parts.into_iter().map(|part| part.name).collect() })
+            Ok(Gated { pid, pidfd, gate: Some(ours), parts: tree.into_iter().flat_map(|tree| tree.parts).map(|part| part.name).collect() })
         }
     }
 }

@@ -67,6 +67,7 @@ struct Facts {
     fds: Vec<OwnedFd>,
     /// The binary's own directories, opened.
     libraries: Vec<(PathBuf, OwnedFd)>,
+    walls: jail::Walls,
 }
 
 /// A start that was vetted.
@@ -81,6 +82,7 @@ struct Launch {
     network: Reach,
     max_tasks: u64,
     scope: Scope,
+    walls: jail::Walls,
 }
 
 /// How far QEMU itself reaches.
@@ -196,7 +198,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
     };
     let known = supervisor.hashes.get(&granted.path);
     let roles = ask.spec.fds();
-    let owner = supervisor.host.owner();
+    let (owner, walls) = (supervisor.host.owner(), supervisor.host.walls());
     let formats: Vec<DiskFormat> = ask.spec.disks.iter().map(|disk| disk.format).collect();
     supervisor
         .act(row, ask.tenancy.slot, "look at the files", move || {
@@ -211,7 +213,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
             }
             let (program, hashed) = qemu::open(&name, &granted, owner, known)?;
             let libraries = qemu::libraries(&name, &granted)?;
-            Ok(Facts { program, hashed, fds, libraries })
+            Ok(Facts { program, hashed, fds, libraries, walls })
         })
         .await?
 }
@@ -248,6 +250,7 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         network: if spec.nics.is_empty() { Reach::Nowhere } else { Reach::Host },
         max_tasks,
         scope: Scope::of(slot, &vm.record.label, spec, max_tasks),
+        walls: facts.walls,
     }))
 }
 
@@ -373,6 +376,7 @@ fn fork(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Waiting, Error> {
         network: if launch.network == Reach::Host { jail::Network::Host } else { jail::Network::Own },
         sockets: if launch.network == Reach::Host { jail::Sockets::Internet } else { jail::Sockets::Unix },
         sandbox: jail::Sandbox::Ours,
+        walls: launch.walls,
     };
     let gated = jail::fork(plan)?;
     // Nothing runs yet: if the ledger can't take the pid, the gate closes and the child goes.

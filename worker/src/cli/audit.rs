@@ -3,7 +3,7 @@
 mod chain;
 mod tail;
 
-pub use tail::tail;
+pub use tail::{tail, tail_from};
 
 use super::connection::{ask, group_of_first_seen};
 use super::screen::{Exit, Screen, Spinner, Stop, count};

@@ -13,6 +13,7 @@ mod doctor;
 mod escape;
 mod event;
 mod plan;
+mod rehearse;
 mod screen;
 mod table;
 mod validate;
@@ -95,6 +96,23 @@ enum Command {
     Audit(Audit),
     /// Tell what is right and wrong with this host, and what mends it
     Doctor,
+    /// Run both halves on a directory of VM files, as an ordinary user, and print what root would have been asked to do
+    ///
+    /// Nothing of this host is changed: devices, taps, mounts and packet filter rules are a stage's. QEMU is real where there is one; otherwise a stub
+    /// takes its place.
+    Rehearse {
+        /// A directory of VM files
+        directory: PathBuf,
+        /// The host to play on: a directory with sys, proc and dev [default: a host without devices]
+        #[arg(long, value_name = "DIR")]
+        host: Option<PathBuf>,
+        /// The grants to hold it against [default: what the files need, which is printed]
+        #[arg(long, value_name = "FILE")]
+        grants: Option<PathBuf>,
+        /// Go on until it is interrupted, so that files can be edited meanwhile
+        #[arg(long)]
+        stay: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -274,6 +292,10 @@ fn dispatch(cli: &Cli, screen: &mut Screen<'_>) -> Result<Exit, Stop> {
         }
         Command::Doctor => {
             return doctor::doctor(&socket, &doctor::Host::at("/"), screen);
+        }
+        Command::Rehearse { directory, host, grants, stay } => {
+            let of = rehearse::Rehearsal { directory, stage: host.as_deref(), grants: grants.as_deref(), stay: *stay };
+            return rehearse::rehearse(&of, screen);
         }
     }
     Ok(Exit::Ok)

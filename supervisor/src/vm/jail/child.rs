@@ -21,7 +21,8 @@ pub(super) struct Prepared {
     pub gate: RawFd,
     /// A network namespace to go into.
     pub network: Option<RawFd>,
-    pub root: RawFd,
+    /// The tree. None: a rehearsal, without walls.
+    pub root: Option<RawFd>,
     pub parts: Vec<Part>,
     pub filter: libc::sock_fprog,
 }
@@ -156,13 +157,14 @@ fn score(_: &mut Prepared) -> Result<(), Failed> {
 
 /// Into the network and the tree. The mount namespace is a copy of the supervisor's, and nothing of that is left at the end.
 fn enter(with: &mut Prepared) -> Result<(), Failed> {
+    let Some(tree) = with.root else { return Ok(()) };
     if let Some(network) = with.network {
         check!(NETWORK, libc::setns(network, libc::CLONE_NEWNET));
     }
     // What is mounted and unmounted from here on is nobody else's, and what the host mounts does not come in.
     check!(MOUNTS, libc::mount(std::ptr::null(), c"/".as_ptr(), std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE, std::ptr::null()));
     let here = c_long::from(libc::AT_FDCWD);
-    let root = c_long::from(with.root);
+    let root = c_long::from(tree);
     check!(MOUNTS, libc::syscall(libc::SYS_move_mount, root, c"".as_ptr(), here, STEPPING_STONE.as_ptr(), MOVE_MOUNT_F_EMPTY_PATH));
     for (number, part) in (0..).zip(&with.parts) {
         let mount = match part.made {
@@ -172,7 +174,7 @@ fn enter(with: &mut Prepared) -> Result<(), Failed> {
         check!(PART, number, libc::syscall(libc::SYS_move_mount, mount, c"".as_ptr(), root, part.at, MOVE_MOUNT_F_EMPTY_PATH));
     }
     // pivot_root(2), "pivot_root(".", ".")": the old root then lies over the new one, and is taken off.
-    check!(ROOT, libc::fchdir(with.root));
+    check!(ROOT, libc::fchdir(tree));
     check!(ROOT, libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()));
     check!(ROOT, libc::umount2(c".".as_ptr(), libc::MNT_DETACH));
     check!(ROOT, libc::chdir(c"/".as_ptr()));
@@ -224,9 +226,9 @@ fn wait(with: &mut Prepared) -> Result<(), Failed> {
 fn limit(with: &mut Prepared) -> Result<(), Failed> {
     let limit = |value: u64| libc::rlimit { rlim_cur: value, rlim_max: value };
     // No core: it would hold the guest's memory (THREATS 21).
-    for (which, value) in
-        [(libc::RLIMIT_CORE, 0), (libc::RLIMIT_NOFILE, with.open_files), (libc::RLIMIT_NPROC, with.tasks), (libc::RLIMIT_MEMLOCK, with.locked_bytes)]
-    {
+    let all = [(libc::RLIMIT_CORE, 0), (libc::RLIMIT_NOFILE, with.open_files), (libc::RLIMIT_NPROC, with.tasks), (libc::RLIMIT_MEMLOCK, with.locked_bytes)];
+    // Without walls the user is whoever rehearses, with processes of their own; and may not raise a limit.
+    for (which, value) in all.into_iter().take(if with.root.is_some() { all.len() } else { 1 }) {
         let value = limit(value);
         check!(LIMITS, libc::setrlimit(which, &raw const value));
     }
@@ -236,6 +238,10 @@ fn limit(with: &mut Prepared) -> Result<(), Failed> {
 }
 
 fn drop_rights(with: &mut Prepared) -> Result<(), Failed> {
+    check!(CAPABILITIES, libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    if with.root.is_none() {
+        return Ok(());
+    }
     // The bounding set goes first, while there is CAP_SETPCAP; EINVAL is the first number that is no capability.
     for capability in 0..64 {
         // SAFETY: a system call with integer arguments.
@@ -247,7 +253,6 @@ fn drop_rights(with: &mut Prepared) -> Result<(), Failed> {
             return Err(Failed { step: CAPABILITIES, part: 0, errno });
         }
     }
-    check!(CAPABILITIES, libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     // The system calls themselves: glibc's wrappers would want to tell threads that do not exist here.
     check!(GROUPS, libc::syscall(libc::SYS_setgroups, with.groups.len(), with.groups.as_ptr()));
     check!(GROUPS, libc::syscall(libc::SYS_setresgid, with.uid, with.uid, with.uid));
@@ -264,8 +269,10 @@ fn drop_rights(with: &mut Prepared) -> Result<(), Failed> {
 
 /// The filter last: it refuses what was done above.
 fn become_program(with: &mut Prepared) -> Result<(), Failed> {
-    let mode = c_long::from(libc::SECCOMP_SET_MODE_FILTER);
-    check!(FILTER, libc::syscall(libc::SYS_seccomp, mode, 0, &raw const with.filter));
+    if with.root.is_some() {
+        let mode = c_long::from(libc::SECCOMP_SET_MODE_FILTER);
+        check!(FILTER, libc::syscall(libc::SYS_seccomp, mode, 0, &raw const with.filter));
+    }
     let environment = [c"LC_ALL=C".as_ptr(), std::ptr::null()];
     check!(EXECVE, libc::syscall(libc::SYS_execveat, with.program, c"".as_ptr(), with.argv.as_ptr(), environment.as_ptr(), libc::AT_EMPTY_PATH));
     Ok(())

@@ -2,7 +2,7 @@
 //! `vm_start`. The program is `/bin/true`, whose end is waited for in both.
 
 use crate::{line, median, milliseconds};
-use diarch_supervisor::vm::jail::{self, Limits, Network, Plan, Proc, Root, Sandbox, Sockets};
+use diarch_supervisor::vm::jail::{self, Limits, Network, Plan, Proc, Root, Sandbox, Sockets, Walls};
 use diarch_supervisor::vm::spawn::firmware;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -46,6 +46,7 @@ fn in_a_jail() {
         network: Network::Own,
         sockets: Sockets::Unix,
         sandbox: Sandbox::Ours,
+        walls: Walls::Jail,
     };
     let pidfd = jail::fork(plan).and_then(|gated| gated.open(SOON)).expect("a jail");
     assert!(diarch_supervisor::process::wait_ended(&pidfd, SOON).expect("wait"), "it ends");

@@ -45,6 +45,15 @@ pub fn tail(file: &Path, count: u32, follow: bool, screen: &mut Screen<'_>) -> R
     }
 }
 
+/// Prints the whole records from this position on; gives the position after the last.
+pub fn tail_from(file: &Path, position: u64, screen: &mut Screen<'_>) -> Result<u64, Stop> {
+    let mut lines = Lines::at(open(file)?, position).map_err(|error| unreadable(file, &error))?;
+    while let Some(line) = lines.next().map_err(|error| unreadable(file, &error))? {
+        print(&line, screen)?;
+    }
+    Ok(lines.position - lines.partial.len() as u64)
+}
+
 /// Whole lines of a file that grows.
 struct Lines {
     reader: BufReader<File>,
