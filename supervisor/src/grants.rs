@@ -8,7 +8,7 @@ mod mounts;
 mod network;
 
 pub use devices::{DeviceGrant, Devices};
-pub use mounts::{Mountable, Socket};
+pub use mounts::{ImageType, Mountable, Socket, SocketKind, Source};
 pub use network::{Network, Ports};
 
 use diarch_ipc::name::{Forward, QemuName};
@@ -257,6 +257,7 @@ impl Grants {
                 return refuse("qemu.*.sha256", format!("the hash of {name:?} is not 64 lower-case hex digits"));
             }
         }
+        mounts::check(&self.mounts, &self.sockets)?;
         let limits = &self.limits;
         for (field, value) in [
             ("limits.read_per_second", limits.read_per_second),

@@ -65,12 +65,23 @@ pub struct Publication {
     pub forwards: Vec<Forward>,
 }
 
-/// A mount that was attached.
+/// A mount that was attached: it was there before this was written, and goes with the last of its descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mounted {
     pub share: ShareName,
     pub access: DiskAccess,
+    pub kind: MountKind,
+}
+
+/// What was mounted; the grants may say something else by now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MountKind {
+    Directory,
+    /// Its content is nowhere else.
+    Tmpfs,
+    Image,
 }
 
 /// One QEMU process, from the intent to its end.

@@ -19,6 +19,7 @@
 //! | `net`                  | taps, published ports, privileged ports                       |
 //! | `mount`                | what is mounted for a VM, and nowhere else                    |
 //! | `socket`               | connections to granted sockets                                |
+//! | `path`                 | a path of the grants, walked so that nobody can lead it astray |
 //! | `host`                 | the machine that is acted on, or a stage in its place         |
 //! | `fd`, `qemu`, `kvm`    | what comes from outside, looked at before it is used          |
 //! | `ledger`               | what exists, written down before it does                      |
@@ -26,7 +27,7 @@
 //! | `limiter`, `helper`    | bounds: requests a second; threads that may wait on the kernel |
 //! | `privilege`, `process` | what the supervisor gives up; processes by pidfd              |
 
-// Unsafe code is where system calls have no safe wrapper, each place by its own `allow`: vm::jail, kvm, process, listen, main.
+// Unsafe code is where system calls have no safe wrapper, each place by its own `allow`: vm::jail, mount::tree, mount::image, kvm, process, listen, main.
 #![deny(unsafe_code)]
 
 pub mod audit;
@@ -41,6 +42,7 @@ pub mod limiter;
 pub mod listen;
 pub mod mount;
 pub mod net;
+pub mod path;
 pub mod privilege;
 pub mod process;
 pub mod qemu;

@@ -1,6 +1,7 @@
 //! The listening socket: systemd's, or our own where nothing activates us.
 
 use crate::grants::GrantsError;
+use crate::mount::store;
 use interprocess::local_socket::tokio::{Listener, prelude::*};
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
@@ -14,21 +15,38 @@ use std::path::{Path, PathBuf};
 /// The connections that wait while the supervisor is respawned.
 const BACKLOG: i32 = 64;
 
-/// Takes the socket that systemd (`LISTEN_FDS`, sd_listen_fds(3)) passed on. Must be called before any thread exists.
+/// What systemd passed on.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    pub socket: Option<OwnedFd>,
+    /// What an earlier supervisor gave it to keep.
+    pub stored: Vec<Stored>,
+}
+
+/// A descriptor out of the store, with the name that it was kept under.
+#[derive(Debug)]
+pub struct Stored {
+    pub name: String,
+    pub fd: OwnedFd,
+}
+
+/// Takes what systemd (`LISTEN_FDS`, `LISTEN_FDNAMES`, sd_listen_fds(3)) passed on. Must be called before any thread exists.
 #[allow(unsafe_code)]
-pub fn inherited() -> io::Result<Option<OwnedFd>> {
-    let mut passed = sd_notify::listen_fds()?;
-    let (first, more) = (passed.next(), passed.next());
-    match (first, more) {
-        (None, _) => Ok(None),
-        (Some(fd), None) => {
-            // SAFETY: LISTEN_PID names this process, so descriptor 3 is ours by protocol, and nothing else here has taken it.
-            let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-            check(&socket)?;
-            Ok(Some(socket))
+pub fn inherited() -> io::Result<Inherited> {
+    let mut inherited = Inherited::default();
+    for (fd, name) in sd_notify::listen_fds_with_names()? {
+        // SAFETY: LISTEN_PID names this process, so this descriptor is ours by protocol, and nothing else here has taken it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        if name.starts_with(store::PREFIX) {
+            inherited.stored.push(Stored { name, fd });
+        } else if inherited.socket.is_none() {
+            check(&fd)?;
+            inherited.socket = Some(fd);
+        } else {
+            return Err(io::Error::other("more than one socket was passed on; one is needed (ListenSequentialPacket=)"));
         }
-        (Some(_), Some(_)) => Err(io::Error::other("more than one socket was passed on; one is needed (ListenSequentialPacket=)")),
     }
+    Ok(inherited)
 }
 
 fn check(socket: &OwnedFd) -> io::Result<()> {

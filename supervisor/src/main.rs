@@ -203,7 +203,7 @@ fn serve(settings: &run::Settings) -> ExitCode {
 
 /// What must happen while there is one thread: take what systemd passed on, mark everything else to be closed, and wipe the environment.
 #[allow(unsafe_code)]
-fn prepare() -> std::io::Result<Option<std::os::fd::OwnedFd>> {
+fn prepare() -> std::io::Result<listen::Inherited> {
     let inherited = listen::inherited()?;
     // Descriptors that whoever started us forgot must not reach QEMU.
     // SAFETY: only sets close-on-exec flags; nothing is closed here.

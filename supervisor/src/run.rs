@@ -11,10 +11,11 @@ use crate::helper::{Helpers, THREADS};
 use crate::host::Host;
 use crate::ledger::Ledger;
 use crate::limiter::Limiter;
+use crate::listen::{Inherited, Stored};
 use crate::server::Server;
 use crate::state::Supervisor;
 use crate::vm::adopt::Findings;
-use crate::{listen, privilege, vm};
+use crate::{listen, mount, privilege, vm};
 use diarch_ipc::operation::KvmVerdict;
 use diarch_ipc::peer::Expected;
 use sd_notify::NotifyState;
@@ -59,8 +60,8 @@ fn at(step: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
     move |error| StartError::Io { step, error }
 }
 
-/// Runs until SIGTERM or SIGINT. `inherited` is the socket that was passed on.
-pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartError> {
+/// Runs until SIGTERM or SIGINT.
+pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> {
     let host = match (&settings.rehearse, rustix::process::geteuid().is_root()) {
         (None, true) => Host::real(),
         (Some(stage), false) => Host::rehearsed(stage),
@@ -72,7 +73,7 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
     let grants = Grants::load(&settings.grants, host.owner())?;
     let (uid, gid) = grants.worker.user.resolve()?;
     listen::run_directory(&settings.run_dir)?;
-    let socket = match inherited {
+    let socket = match inherited.socket {
         Some(socket) => socket,
         None => listen::own(&settings.socket, gid).map_err(at("the socket"))?,
     };
@@ -119,13 +120,13 @@ pub fn run(settings: &Settings, inherited: Option<OwnedFd>) -> Result<(), StartE
         .thread_name("diarch-helper")
         .build()
         .map_err(at("the runtime"))?;
-    let ended = tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, findings, expected, socket));
+    let ended = tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, findings, inherited.stored, expected, socket));
     // A helper that hangs in the kernel must not keep us from ending.
     runtime.shutdown_background();
     ended
 }
 
-async fn serve(supervisor: Rc<Supervisor>, findings: Findings, expected: Expected, socket: OwnedFd) -> Result<(), StartError> {
+async fn serve(supervisor: Rc<Supervisor>, findings: Findings, stored: Vec<Stored>, expected: Expected, socket: OwnedFd) -> Result<(), StartError> {
     let adopted = findings.found.iter().filter(|found| found.pidfd.is_some()).count();
     let _ = supervisor
         .audit
@@ -137,6 +138,7 @@ async fn serve(supervisor: Rc<Supervisor>, findings: Findings, expected: Expecte
     }
     supervisor.sync_soon();
     vm::adopt::adopt(&supervisor, findings.found);
+    mount::adopt::adopt(&supervisor, stored);
 
     let door = listen::path(&socket).map_err(at("the socket"))?;
     let listener = listen::listener(socket).map_err(at("the socket"))?;

@@ -9,7 +9,7 @@ use crate::limiter::Limiter;
 use crate::qemu::HashCache;
 use crate::session::Sessions;
 use diarch_ipc::Error;
-use diarch_ipc::name::{RequestId, Slot, Tenancy};
+use diarch_ipc::name::{RequestId, ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{Event, KvmVerdict, Operation, Reply, Request, SlotState};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -59,6 +59,8 @@ pub struct Vm {
     pub record: Record,
     /// QEMU's process, while the slot is running.
     pub pidfd: Option<Rc<OwnedFd>>,
+    /// What is mounted for it: gone with the last of its descriptors.
+    pub mounts: BTreeMap<ShareName, Arc<OwnedFd>>,
     /// It ran before this supervisor started.
     pub adopted: bool,
     /// The step that does not end, if one doesn't.
@@ -69,7 +71,7 @@ pub struct Vm {
 
 impl Vm {
     pub fn new(record: Record) -> Self {
-        Self { record, pidfd: None, adopted: false, quarantined: None, lock: std::sync::Arc::default() }
+        Self { record, pidfd: None, mounts: BTreeMap::new(), adopted: false, quarantined: None, lock: std::sync::Arc::default() }
     }
 
     /// The state as others see it.

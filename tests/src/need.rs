@@ -22,6 +22,8 @@ pub enum Need {
     Lab,
     /// `ip` and `nft`.
     Network,
+    /// What makes and mounts an erofs and a squashfs: the tools, the kernel's file systems, loop devices.
+    Images,
     /// The package (`make deb`), named by `DIARCH_DEB`.
     Package,
 }
@@ -56,6 +58,19 @@ impl Need {
                 let tool = |name: &str| ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].iter().any(|dir| PathBuf::from(dir).join(name).exists());
                 let lacks: Vec<&str> = [("ip", "iproute2"), ("nft", "nftables")].iter().filter(|(name, _)| !tool(name)).map(|(_, package)| *package).collect();
                 (!lacks.is_empty()).then(|| format!("{} (apt install {})", lacks.join(" and "), lacks.join(" ")))
+            }
+            Need::Images => {
+                let tool = |name: &str| ["/usr/bin", "/usr/sbin", "/bin", "/sbin"].iter().any(|dir| PathBuf::from(dir).join(name).exists());
+                let kernel = |name: &str| std::fs::read_to_string("/proc/filesystems").unwrap_or_default().lines().any(|line| line.trim() == name);
+                let parts = [
+                    (!tool("mkfs.erofs")).then_some("mkfs.erofs (apt install erofs-utils)"),
+                    (!tool("mksquashfs")).then_some("mksquashfs (apt install squashfs-tools)"),
+                    (!kernel("erofs")).then_some("erofs in the kernel (modprobe erofs)"),
+                    (!kernel("squashfs")).then_some("squashfs in the kernel (modprobe squashfs)"),
+                    (!PathBuf::from("/dev/loop-control").exists()).then_some("loop devices (modprobe loop)"),
+                ];
+                let missing: Vec<&str> = parts.into_iter().flatten().collect();
+                (!missing.is_empty()).then(|| missing.join(" and "))
             }
             Need::Package => package().is_none().then(|| "the package (run make deb and set DIARCH_DEB to its path)".into()),
             Need::Kernel(major, minor) => {
@@ -128,7 +143,7 @@ pub fn met(test: &str, needs: &[Need]) -> bool {
 macro_rules! need {
     ($($need:expr),+ $(,)?) => {{
         #[allow(unused_imports)]
-        use $crate::need::Need::{Guest, Kernel, Lab, Machine, Network, Package, Qemu, Root};
+        use $crate::need::Need::{Guest, Images, Kernel, Lab, Machine, Network, Package, Qemu, Root};
         let name = std::thread::current().name().unwrap_or(module_path!()).to_owned();
         if !$crate::need::met(&name, &[$($need),+]) {
             return;

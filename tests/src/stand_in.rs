@@ -190,6 +190,8 @@ pub struct UnitStatus {
     /// When the present process said `READY=1`.
     pub ready_ns: Option<u64>,
     pub last_death: Option<Death>,
+    /// The names of what it gave to keep, over its own death (systemd's `FDSTORE=1`).
+    pub stored: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,6 +1,7 @@
 //! `vm.release`: undoes all that stands under a slot, in reverse, and gives the slot back.
 
 use crate::ledger::{Ledger, Record};
+use crate::mount;
 use crate::process;
 use crate::state::Supervisor;
 use crate::vetted::Vetted;
@@ -35,6 +36,7 @@ pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
     supervisor.record_or_believe(vetted.record.clone());
     let ledger = supervisor.ledger.clone();
     supervisor.act(row, slot, "release", move || undo(vetted, &ledger)).await??;
+    mount::detach::all(supervisor, slot).await;
     supervisor.slots.borrow_mut().remove(&slot);
     Ok(Released { existed: true })
 }

@@ -6,11 +6,13 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 use std::collections::VecDeque;
 use std::ffi::CString;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -78,6 +80,8 @@ struct Slot {
     service: Service,
     notify: UnixDatagram,
     notify_path: PathBuf,
+    /// What it gave us to keep (`FDSTORE=1`), by name; passed to each of its starts.
+    stored: Vec<(String, OwnedFd)>,
     state: UnitState,
     running: Option<Running>,
     starts: u64,
@@ -133,6 +137,7 @@ impl Slot {
             service,
             notify,
             notify_path,
+            stored: Vec::new(),
             state: UnitState::Stopped,
             running: None,
             starts: 0,
@@ -146,6 +151,30 @@ impl Slot {
         })
     }
 
+    /// One notification's lines, if there is one; what it gives to keep or takes back is done.
+    fn hear(&mut self) -> Option<Vec<String>> {
+        let mut buffer = [0u8; 4096];
+        let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(16))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let got = recvmsg(&self.notify, &mut [IoSliceMut::new(&mut buffer)], &mut control, RecvFlags::CMSG_CLOEXEC).ok()?;
+        let mut fds = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(received) = message {
+                fds.extend(received);
+            }
+        }
+        let lines: Vec<String> = String::from_utf8_lossy(&buffer[..got.bytes]).lines().map(str::to_owned).collect();
+        let says = |wanted: &str| lines.iter().any(|line| line == wanted);
+        let name = lines.iter().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or("stored");
+        if says("FDSTORE=1") {
+            self.stored.extend(fds.into_iter().map(|fd| (name.to_owned(), fd)));
+        }
+        if says("FDSTOREREMOVE=1") {
+            self.stored.retain(|(kept, _)| kept != name);
+        }
+        Some(lines)
+    }
+
     fn status(&self) -> UnitStatus {
         UnitStatus {
             state: self.state,
@@ -154,6 +183,7 @@ impl Slot {
             started_ns: self.started_ns,
             ready_ns: self.ready_ns,
             last_death: self.last_death.clone(),
+            stored: self.stored.iter().map(|(name, _)| name.clone()).collect(),
         }
     }
 
@@ -295,12 +325,13 @@ impl Manager {
             slot.state = UnitState::Failed;
             return self.settled(at, Err("its start is refused".into()));
         }
-        while slot.notify.recv(&mut [0; 16]).is_ok() {}
+        // The last words of the one before: not its READY=1, but what it gave us to keep.
+        while slot.hear().is_some() {}
         slot.recent.push_back(Instant::now());
         slot.starts += 1;
         slot.started_ns = Some(now_ns());
         let listen = if slot.unit == Unit::Supervisor { self.listen.as_ref() } else { None };
-        match spawn(&slot.service, &slot.notify_path, listen) {
+        match spawn(&slot.service, &slot.notify_path, listen, &slot.stored) {
             Ok(running) => {
                 slot.state = UnitState::Starting;
                 slot.deadline = Some(Instant::now() + START_PATIENCE);
@@ -315,9 +346,8 @@ impl Manager {
 
     fn notified(&mut self, at: usize) {
         let slot = &mut self.units[at];
-        let mut buffer = [0u8; 4096];
-        while let Ok(length) = slot.notify.recv(&mut buffer) {
-            let ready = buffer[..length].split(|b| *b == b'\n').any(|line| line == b"READY=1");
+        while let Some(lines) = slot.hear() {
+            let ready = lines.iter().any(|line| line == "READY=1");
             if ready && slot.state == UnitState::Starting {
                 slot.ready_ns = Some(now_ns());
                 slot.state = UnitState::Ready;
@@ -552,7 +582,7 @@ fn mount_tmpfs(config: &Config) -> io::Result<()> {
 }
 
 /// Starts a service: clean environment, `/dev/null` and its log as standard streams, the listening socket as fd 3, its own session, its own user.
-fn spawn(service: &Service, notify: &Path, listen: Option<&OwnedFd>) -> io::Result<Running> {
+fn spawn(service: &Service, notify: &Path, listen: Option<&OwnedFd>, stored: &[(String, OwnedFd)]) -> io::Result<Running> {
     let text = |s: String| CString::new(s).map_err(io::Error::other);
     let argv = service.argv.iter().map(|a| text(a.clone())).collect::<io::Result<Vec<_>>>()?;
     let program = argv.first().cloned().ok_or_else(|| io::Error::other("the service has no program"))?;
@@ -569,10 +599,13 @@ fn spawn(service: &Service, notify: &Path, listen: Option<&OwnedFd>) -> io::Resu
             let mut environment = vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()];
             environment.push(format!("NOTIFY_SOCKET={}", notify.display()));
             environment.extend(service.environment.iter().map(|(k, v)| format!("{k}={v}")));
-            if listen.is_some() {
-                environment.extend([format!("LISTEN_PID={}", std::process::id()), "LISTEN_FDS=1".into(), "LISTEN_FDNAMES=supervisor".into()]);
+            let passed: Vec<BorrowedFd<'_>> = listen.into_iter().chain(stored.iter().map(|(_, fd)| fd)).map(AsFd::as_fd).collect();
+            if !passed.is_empty() {
+                let names: Vec<&str> = listen.map(|_| "supervisor").into_iter().chain(stored.iter().map(|(name, _)| name.as_str())).collect();
+                let (count, names) = (passed.len(), names.join(":"));
+                environment.extend([format!("LISTEN_PID={}", std::process::id()), format!("LISTEN_FDS={count}"), format!("LISTEN_FDNAMES={names}")]);
             }
-            let error = become_service(service, &program, &argv, &environment, [Some(null.as_fd()), Some(log.as_fd()), listen.map(AsFd::as_fd)]);
+            let error = become_service(service, &program, &argv, &environment, [null.as_fd(), log.as_fd()], &passed);
             let _ = writeln!(&log, "diarch-stand-in: {} can't be started: {error}", service.argv[0]);
             // SAFETY: ends the child at once, without the parent's exit handlers.
             unsafe { nix::libc::_exit(127) }
@@ -586,22 +619,22 @@ fn become_service(
     program: &CString,
     argv: &[CString],
     environment: &[String],
-    [null, log, listen]: [Option<std::os::fd::BorrowedFd<'_>>; 3],
+    [null, log]: [BorrowedFd<'_>; 2],
+    passed: &[BorrowedFd<'_>],
 ) -> io::Error {
     let enter = || -> io::Result<std::convert::Infallible> {
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
         nix::unistd::setsid()?;
-        // First out of the way of 0 to 3, so that no target is another's source.
-        let high = |fd: Option<std::os::fd::BorrowedFd<'_>>| fd.map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 10)).transpose();
-        let (null, log, listen) = (high(null)?, high(log)?, high(listen)?);
-        for (source, target) in [(&null, 0), (&log, 1), (&log, 2), (&listen, 3)] {
-            if let Some(source) = source {
-                // SAFETY: the numbers 0 to 3 of the forked child; whatever they were belongs to nobody from here on.
-                let mut target = unsafe { OwnedFd::from_raw_fd(target) };
-                rustix::io::dup2(source, &mut target)?;
-                // It stays open for the program (dup2 leaves CLOEXEC off).
-                let _ = target.into_raw_fd();
-            }
+        // First out of the way of the targets, so that none is another's source.
+        let targets = RawFd::try_from(3 + passed.len()).map_err(io::Error::other)?;
+        let high = |fd: &BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, targets);
+        let sources = [&null, &log, &log].into_iter().chain(passed).map(high).collect::<Result<Vec<_>, _>>()?;
+        for (source, target) in sources.iter().zip(0..targets) {
+            // SAFETY: the lowest numbers of the forked child; whatever they were belongs to nobody from here on.
+            let mut target = unsafe { OwnedFd::from_raw_fd(target) };
+            rustix::io::dup2(source, &mut target)?;
+            // It stays open for the program (dup2 leaves CLOEXEC off).
+            let _ = target.into_raw_fd();
         }
         if service.uid != 0 {
             rustix::process::chdir("/")?;

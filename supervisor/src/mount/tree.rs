@@ -1,0 +1,220 @@
+//! The mount itself: made by descriptor, with flags that no request and no grant can take away.
+
+use super::image;
+use crate::grants::{ImageType, Source, User};
+use crate::host::Host;
+use crate::ledger::MountKind;
+use crate::path::{self, Found};
+use crate::vetted::Vetted;
+use diarch_ipc::Error;
+use diarch_ipc::name::{ShareName, Slot};
+use diarch_ipc::spec::DiskAccess;
+use rustix::fs::{FileType, Mode, OFlags, openat};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, open_tree,
+};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// No set-id bit counts, no device node opens, nothing is executed, and no link is followed: a guest resolves its own.
+const ALWAYS: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
+    .union(MountAttrFlags::MOUNT_ATTR_NODEV)
+    .union(MountAttrFlags::MOUNT_ATTR_NOEXEC)
+    .union(MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW);
+/// Inodes of a tmpfs for each MiB: one costs the kernel about 1 KiB, which its size does not count.
+const INODES_PER_MIB: u64 = 64;
+/// A small one may still hold some files.
+const LEAST_INODES: u64 = 1024;
+
+/// What is to be mounted, vetted.
+#[derive(Debug)]
+pub struct Order {
+    pub slot: Slot,
+    pub share: ShareName,
+    pub source: Source,
+    pub access: DiskAccess,
+    /// Who fills a tmpfs.
+    pub worker: User,
+    /// The VM's user, and its group by the same number.
+    pub uid: u32,
+    /// Where a rehearsal keeps what would have been a tmpfs.
+    pub directory: PathBuf,
+}
+
+impl Order {
+    /// The section of the grants, as refusals name it.
+    pub fn grant(&self) -> String {
+        format!("mounts.{}", self.share)
+    }
+    pub fn kind(&self) -> MountKind {
+        kind(&self.source)
+    }
+}
+
+pub const fn kind(source: &Source) -> MountKind {
+    match source {
+        Source::Directory(_) => MountKind::Directory,
+        Source::Tmpfs { .. } => MountKind::Tmpfs,
+        Source::Image { .. } => MountKind::Image,
+    }
+}
+
+/// Makes the mount. It is gone when the last descriptor of it is closed.
+pub fn make(order: Vetted<Order>, host: &Host) -> Result<OwnedFd, Error> {
+    let order = order.into_inner();
+    let grant = order.grant();
+    let found = |path: &Path| path::walk(path, &[host.owner()]).map_err(|stray| stray.under(&grant));
+    let rehearsed = || host.rehearses(|| format!("mount {grant} for slot {} ({:?})", order.slot, order.access));
+    match &order.source {
+        Source::Directory(path) => {
+            let found = found(path)?;
+            if found.kind != FileType::Directory {
+                return Err(Error::denied(&grant, format!("{} is not a directory", path.display())));
+            }
+            if rehearsed() { Ok(found.fd) } else { directory(found, order.access).map_err(|error| Error::io(format!("mount {grant}"), &error)) }
+        }
+        Source::Image { path, kind } => {
+            let image = image::open(path, found(path)?, *kind, &grant, host.owner())?;
+            if rehearsed() { Ok(image) } else { of_image(&image, *kind, host, &grant) }
+        }
+        Source::Tmpfs { .. } if rehearsed() => stand_in(&order).map_err(|error| Error::io(format!("make {grant}"), &error)),
+        Source::Tmpfs { mib } => {
+            let (worker, _) = order.worker.resolve().map_err(|error| Error::Unsupported { missing: error.to_string() })?;
+            tmpfs(*mib, worker, order.uid, order.access).map_err(|error| Error::io(format!("mount {grant}"), &error))
+        }
+    }
+}
+
+/// This directory and what is in it; not what else is mounted below it.
+fn directory(found: Found, access: DiskAccess) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let mount = open_tree(&found.fd, c"", flags)?;
+    let (set, clear) = match access {
+        DiskAccess::ReadOnly => (ALWAYS | MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty()),
+        // The supervisor's unit sees the whole host read-only (ProtectSystem=strict), and a copy of such a mount is read-only as well.
+        DiskAccess::ReadWrite => (ALWAYS, MountAttrFlags::MOUNT_ATTR_RDONLY),
+    };
+    set_attributes(&mount, set, clear)?;
+    Ok(mount)
+}
+
+/// A new and empty file system in memory. The worker fills it, and the VM's user reads it by its group, which files in it inherit (the set-group-id bit).
+fn tmpfs(mib: u32, worker: u32, vm: u32, access: DiskAccess) -> io::Result<OwnedFd> {
+    let new = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let inodes = (u64::from(mib) * INODES_PER_MIB).max(LEAST_INODES);
+    // Open to others, of whom none has a way to it: root is one, without the capabilities that would make it more (CAP_DAC_OVERRIDE).
+    let mode = match access {
+        DiskAccess::ReadOnly => "2755",
+        DiskAccess::ReadWrite => "2775",
+    };
+    for (key, value) in [("size", format!("{mib}m")), ("nr_inodes", inodes.to_string()), ("uid", worker.to_string()), ("gid", vm.to_string())] {
+        fsconfig_set_string(&new, key, value)?;
+    }
+    fsconfig_set_string(&new, "mode", mode)?;
+    // As a guest's memory, it is not written to a disk of the host: it is where secrets go.
+    fsconfig_set_flag(&new, "noswap")?;
+    fsconfig_create(&new)?;
+    Ok(fsmount(&new, FsMountFlags::FSMOUNT_CLOEXEC, ALWAYS)?)
+}
+
+fn of_image(image: &OwnedFd, kind: ImageType, host: &Host, grant: &str) -> Result<OwnedFd, Error> {
+    // From Linux 6.12 on erofs reads the file itself; others, and older ones, want a block device.
+    let mounted = match kind {
+        ImageType::Erofs => read_only(kind, &path::of(image)),
+        ImageType::Squashfs => Err(Unmounted::NeedsDevice),
+    };
+    match mounted {
+        Err(Unmounted::NeedsDevice) => {
+            let device = image::loop_device(image, host).map_err(|error| Error::io(format!("a loop device for {grant}"), &error))?;
+            read_only(kind, &device.path).map_err(|unmounted| unmounted.under(kind, grant))
+        }
+        other => other.map_err(|unmounted| unmounted.under(kind, grant)),
+    }
+}
+
+enum Unmounted {
+    NeedsDevice,
+    Refused { error: io::Error, said: String },
+}
+
+impl Unmounted {
+    fn under(self, kind: ImageType, grant: &str) -> Error {
+        let (errno, detail) = match self {
+            Unmounted::NeedsDevice => (Some(nix::libc::ENOTBLK), "the kernel takes no loop device for it".to_owned()),
+            Unmounted::Refused { error, said } if error.raw_os_error() == Some(nix::libc::ENODEV) => {
+                return Error::Unsupported { missing: format!("the file system {} in this kernel ({grant} in the grants){said}", kind.as_str()) };
+            }
+            Unmounted::Refused { error, said } => {
+                (error.raw_os_error(), format!("the kernel finds no sound {} in the image: {error}{said}; make it anew", kind.as_str()))
+            }
+        };
+        Error::Failed { step: format!("mount {grant}"), errno, detail }
+    }
+}
+
+fn read_only(kind: ImageType, source: &str) -> Result<OwnedFd, Unmounted> {
+    let plain = |error: rustix::io::Errno| Unmounted::Refused { error: error.into(), said: String::new() };
+    let new = fsopen(kind.as_str(), FsOpenFlags::FSOPEN_CLOEXEC).map_err(plain)?;
+    fsconfig_set_string(&new, "source", source).map_err(plain)?;
+    fsconfig_set_flag(&new, "ro").map_err(plain)?;
+    fsconfig_create(&new).map_err(|error| match error {
+        rustix::io::Errno::NOTBLK => Unmounted::NeedsDevice,
+        error => Unmounted::Refused { error: error.into(), said: said(&new) },
+    })?;
+    fsmount(&new, FsMountFlags::FSMOUNT_CLOEXEC, ALWAYS | MountAttrFlags::MOUNT_ATTR_RDONLY).map_err(plain)
+}
+
+/// What the kernel had to say about a mount that failed; each read gives one line, until there is none.
+fn said(new: &OwnedFd) -> String {
+    let mut text = String::new();
+    let mut line = [0u8; 512];
+    while text.len() < 1024 {
+        let Ok(length) = rustix::io::read(new, &mut line) else { break };
+        let told = String::from_utf8_lossy(&line[..length]);
+        text += &format!(" ({})", told.trim_end().trim_start_matches(|c| matches!(c, 'e' | 'w' | 'i')).trim_start());
+    }
+    text
+}
+
+/// In a rehearsal: a directory in the slot's own, which goes with it.
+fn stand_in(order: &Order) -> io::Result<OwnedFd> {
+    let path = order.directory.join(format!("tmpfs-{}", order.share));
+    match std::fs::create_dir(&path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    Ok(rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// The root of a held tmpfs, opened for whoever fills it.
+pub fn root(mount: &OwnedFd) -> io::Result<OwnedFd> {
+    Ok(openat(mount, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// `struct mount_attr` (linux/mount.h).
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+#[allow(unsafe_code)]
+fn set_attributes(mount: &OwnedFd, set: MountAttrFlags, clear: MountAttrFlags) -> io::Result<()> {
+    // Private: what the host mounts below the directory later must not show in it.
+    let attributes = MountAttributes { set: set.bits().into(), clear: clear.bits().into(), propagation: nix::libc::MS_PRIVATE, userns_fd: 0 };
+    // SAFETY: `attributes` has the layout and the size that are named, and lives until the call returns; the path is an empty string with its NUL.
+    let result = unsafe {
+        nix::libc::syscall(
+            nix::libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            nix::libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<MountAttributes>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
