@@ -27,7 +27,7 @@
 //! | `limiter`, `helper`    | bounds: requests a second; threads that may wait on the kernel |
 //! | `privilege`, `process` | what the supervisor gives up; processes by pidfd              |
 
-// Unsafe code is where system calls have no safe wrapper, each place by its own `allow`: vm::jail, mount::tree, mount::image, kvm, process, listen, main.
+// Unsafe code is where system calls have no safe wrapper, each place by its own `allow`: vm::jail, mount::image, kvm, process, listen, main.
 #![deny(unsafe_code)]
 
 pub mod audit;

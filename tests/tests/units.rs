@@ -179,7 +179,10 @@ fn what_the_supervisor_forks_is_not_kept_from_its_work() {
     let families = unit.words("RestrictAddressFamilies");
     assert_eq!(families.iter().map(String::as_str).collect::<Vec<_>>(), ["AF_INET", "AF_INET6", "AF_NETLINK", "AF_UNIX"]);
     let devices: BTreeSet<&str> = unit.all("DeviceAllow").filter_map(|line| line.value.split_whitespace().next()).collect();
-    assert_eq!(devices.into_iter().collect::<Vec<_>>(), ["/dev/kvm", "/dev/net/tun", "/dev/vfio/vfio", "/dev/vhost-net", "char-vfio"]);
+    assert_eq!(
+        devices.into_iter().collect::<Vec<_>>(),
+        ["/dev/kvm", "/dev/loop-control", "/dev/net/tun", "/dev/vfio/vfio", "/dev/vhost-net", "block-loop", "char-vfio"]
+    );
     assert_eq!(unit.one("DevicePolicy"), Some("closed"));
 }
 

@@ -6,6 +6,7 @@ use crate::host::Host;
 use crate::ledger::MountKind;
 use crate::path::{self, Found};
 use crate::vetted::Vetted;
+use crate::vm::jail::mount::Attributes;
 use diarch_ipc::Error;
 use diarch_ipc::name::{ShareName, Slot};
 use diarch_ipc::spec::DiskAccess;
@@ -95,7 +96,7 @@ fn directory(found: Found, access: DiskAccess) -> io::Result<OwnedFd> {
         // The supervisor's unit sees the whole host read-only (ProtectSystem=strict), and a copy of such a mount is read-only as well.
         DiskAccess::ReadWrite => (ALWAYS, MountAttrFlags::MOUNT_ATTR_RDONLY),
     };
-    set_attributes(&mount, set, clear)?;
+    Attributes::private(set.bits().into(), clear.bits().into()).apply(mount.as_raw_fd(), c"", nix::libc::AT_EMPTY_PATH)?;
     Ok(mount)
 }
 
@@ -190,31 +191,4 @@ fn stand_in(order: &Order) -> io::Result<OwnedFd> {
 /// The root of a held tmpfs, opened for whoever fills it.
 pub fn root(mount: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(openat(mount, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
-}
-
-/// `struct mount_attr` (linux/mount.h).
-#[repr(C)]
-struct MountAttributes {
-    set: u64,
-    clear: u64,
-    propagation: u64,
-    userns_fd: u64,
-}
-
-#[allow(unsafe_code)]
-fn set_attributes(mount: &OwnedFd, set: MountAttrFlags, clear: MountAttrFlags) -> io::Result<()> {
-    // Private: what the host mounts below the directory later must not show in it.
-    let attributes = MountAttributes { set: set.bits().into(), clear: clear.bits().into(), propagation: nix::libc::MS_PRIVATE, userns_fd: 0 };
-    // SAFETY: `attributes` has the layout and the size that are named, and lives until the call returns; the path is an empty string with its NUL.
-    let result = unsafe {
-        nix::libc::syscall(
-            nix::libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            nix::libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of::<MountAttributes>(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -38,6 +38,11 @@ pub struct Attributes {
 impl Attributes {
     pub const READ_ONLY: Attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0, propagation: 0, userns: 0 };
 
+    /// Flags to set and to take away, and out of its peer group: what the host mounts below it later must not show.
+    pub const fn private(set: u64, clear: u64) -> Self {
+        Attributes { set, clear, propagation: libc::MS_PRIVATE, userns: 0 }
+    }
+
     /// mount_setattr(2), for which rustix has no function. Makes one system call and allocates nothing: the child calls it too.
     pub fn apply(&self, dirfd: c_int, path: &CStr, flags: c_int) -> io::Result<()> {
         let size = std::mem::size_of::<Attributes>();

@@ -7,6 +7,7 @@ mod booted;
 mod death;
 mod footprint;
 mod jail;
+mod mounts;
 mod rpc;
 mod start;
 
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
             ("--guest", Some(dir)) => set_guest(&PathBuf::from(dir)),
             ("--only", Some(name)) => only.push(name),
             _ => {
-                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|jail|death|footprint|booted]...");
+                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|jail|mounts|death|footprint|booted]...");
                 return ExitCode::from(2);
             }
         }
@@ -39,8 +40,15 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     type Part = (&'static str, fn());
-    let parts: [Part; 6] =
-        [("rpc", rpc::run), ("start", start::run), ("jail", jail::run), ("death", death::run), ("footprint", footprint::run), ("booted", booted::run)];
+    let parts: [Part; 7] = [
+        ("rpc", rpc::run),
+        ("start", start::run),
+        ("jail", jail::run),
+        ("mounts", mounts::run),
+        ("death", death::run),
+        ("footprint", footprint::run),
+        ("booted", booted::run),
+    ];
     for (name, part) in parts {
         if only.is_empty() || only.iter().any(|o| o == name) {
             eprintln!("bench: {name} ...");

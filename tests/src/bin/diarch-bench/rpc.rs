@@ -38,7 +38,7 @@ impl Restarter for NoRestart {
     }
 }
 
-fn pin(pid: Option<i32>) {
+pub fn pin(pid: Option<i32>) {
     let mut cpu = rustix::thread::CpuSet::new();
     cpu.set(0);
     let pid = pid.and_then(rustix::process::Pid::from_raw);
