@@ -9,9 +9,9 @@ mod network;
 
 pub use devices::{DeviceGrant, Devices};
 pub use mounts::{ImageType, Mountable, Socket, SocketKind, Source};
-pub use network::{Network, Ports};
+pub use network::{MAX_INTERFACE_NAME, Network, Nft, Place, Ports, Range};
 
-use diarch_ipc::name::{Forward, QemuName};
+use diarch_ipc::name::{Forward, Port, QemuName};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
@@ -46,6 +46,9 @@ pub struct Grants {
     pub network: BTreeMap<String, Network>,
     #[serde(default)]
     pub ports: Ports,
+    /// The program that sets the packet filter's rules.
+    #[serde(default)]
+    pub nft: Nft,
     /// What may be mounted, by name: `[mounts.models]`.
     #[serde(default)]
     pub mounts: BTreeMap<String, Mountable>,
@@ -159,7 +162,11 @@ impl PortRange {
 
     /// Exactly this address: a grant for 127.0.0.1 does not open 0.0.0.0.
     pub fn covers(&self, forward: &Forward) -> bool {
-        self.address == forward.host_address.0 && (self.first..=self.last).contains(&forward.host_port.get())
+        self.holds(forward.host_address.0, forward.host_port)
+    }
+
+    pub fn holds(&self, address: IpAddr, port: Port) -> bool {
+        self.address == address && (self.first..=self.last).contains(&port.get())
     }
 }
 
@@ -256,6 +263,10 @@ impl Grants {
             if qemu.sha256.as_ref().is_some_and(|hex| hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))) {
                 return refuse("qemu.*.sha256", format!("the hash of {name:?} is not 64 lower-case hex digits"));
             }
+        }
+        network::check(&self.network).or_else(|reason| refuse("network", reason))?;
+        if !self.nft.path.is_absolute() {
+            return refuse("nft.path", format!("{} is not an absolute path", self.nft.path.display()));
         }
         mounts::check(&self.mounts, &self.sockets)?;
         let limits = &self.limits;

@@ -147,6 +147,11 @@ impl Ledger {
         self.root.join(slot.to_string())
     }
 
+    /// The file that whoever sets the packet filter's rules locks. It is there as long as there may be rules of ours.
+    pub fn filter_lock(&self) -> PathBuf {
+        self.root.join(".nft")
+    }
+
     /// Writes a new slot's record together with its directory: both are there, or neither.
     pub fn create(&self, record: &Record) -> io::Result<()> {
         let new = self.root.join(format!(".{}.new", record.slot));

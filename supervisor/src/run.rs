@@ -15,7 +15,7 @@ use crate::listen::{Inherited, Stored};
 use crate::server::Server;
 use crate::state::Supervisor;
 use crate::vm::adopt::Findings;
-use crate::{listen, mount, privilege, vm};
+use crate::{listen, mount, net, privilege, vm};
 use diarch_ipc::operation::KvmVerdict;
 use diarch_ipc::peer::Expected;
 use sd_notify::NotifyState;
@@ -111,6 +111,7 @@ pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> 
         in_flight: std::cell::RefCell::default(),
         sync_scheduled: std::cell::Cell::default(),
         sync_wanted: tokio::sync::Notify::new(),
+        filter: tokio::sync::Mutex::default(),
     });
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -139,6 +140,7 @@ async fn serve(supervisor: Rc<Supervisor>, findings: Findings, stored: Vec<Store
     supervisor.sync_soon();
     vm::adopt::adopt(&supervisor, findings.found);
     mount::adopt::adopt(&supervisor, stored);
+    net::adopt(&supervisor).await;
 
     let door = listen::path(&socket).map_err(at("the socket"))?;
     let listener = listen::listener(socket).map_err(at("the socket"))?;

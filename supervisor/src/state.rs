@@ -42,6 +42,8 @@ pub struct Supervisor {
     pub in_flight: RefCell<HashMap<RequestId, InFlight>>,
     pub sync_scheduled: Cell<bool>,
     pub sync_wanted: tokio::sync::Notify,
+    /// Held from reading the records until the packet filter says the same: two changes never cross.
+    pub filter: tokio::sync::Mutex<()>,
 }
 
 /// What a handler gives: the reply with its descriptors, or a refusal. Cheap to clone, since a repeated request gets the same.
@@ -220,6 +222,7 @@ mod tests {
             in_flight: RefCell::default(),
             sync_scheduled: Cell::default(),
             sync_wanted: tokio::sync::Notify::new(),
+            filter: tokio::sync::Mutex::default(),
         })
     }
 

@@ -1,5 +1,84 @@
 //! The network of VMs, in the host's own namespace.
+//!
+//! ```text
+//!   guest -- QEMU -- fd -- tap dvm3n0 --+-- a bridge that root made                 bridge = "br0"
+//!                           |           +-- the host routes: 10.77.0.14/32 dev dvm3n0   routed = "10.77.0.0/20"
+//!                           |
+//!            table netdev diarch, ingress     whose frame is it, and may it go there?
+//!            table inet diarch                to the host, through it, translated?
+//! ```
+//!
+//! | module    | operation                    | noun                                                          |
+//! |-----------|------------------------------|---------------------------------------------------------------|
+//! | `tap`     | `tap.open`                   | a tap, in its place                                           |
+//! | `tun`     |                              | the device itself                                             |
+//! | `link`    |                              | interfaces, addresses and routes (rtnetlink)                  |
+//! | `publish` | `net.publish`, `net.withdraw` | ports of the host that lead into a VM                        |
+//! | `rules`   |                              | the packet filter's text: constant rules, and sets from the ledger |
+//! | `filter`  |                              | that text handed to nft, in one transaction                   |
+//! | `port`    | `port.listen`                | a bound socket                                                |
+//!
+//! What the host has is made from the ledger, always the whole of it. A tap is up only after its rules are there.
 
+pub mod filter;
+pub mod link;
 pub mod port;
 pub mod publish;
+pub mod rules;
 pub mod tap;
+pub mod tun;
+
+use crate::ledger::Record;
+use crate::state::Supervisor;
+use diarch_ipc::Error;
+use diarch_ipc::operation::Operation;
+use std::rc::Rc;
+
+/// Makes the packet filter say what the ledger says, without what stands under `except`.
+pub async fn settle(supervisor: &Rc<Supervisor>, row: &'static Operation, of: &Record, except: Option<&Record>) -> Result<(), Error> {
+    let _one = supervisor.filter.lock().await;
+    let (cards, program) = (cards(supervisor, except), filter::Program::of(supervisor));
+    supervisor.act(row, of.slot, "packet filter", move || program.settle(&cards)).await?
+}
+
+/// All cards that the ledger speaks of.
+fn cards(supervisor: &Supervisor, except: Option<&Record>) -> Vec<rules::Card> {
+    let slots = supervisor.slots.borrow();
+    let records = slots.values().map(|vm| &vm.record).filter(|record| except.is_none_or(|except| except.slot != record.slot));
+    rules::cards(&supervisor.grants, records)
+}
+
+/// Takes a slot's taps and published ports away: with its release. A packet filter that can't be set does not hold the slot: without a tap, its rules lead nowhere,
+/// and no tap comes up before they are right again.
+pub async fn clear(supervisor: &Rc<Supervisor>, row: &'static Operation, record: &Record) -> Result<(), Error> {
+    if record.resources.taps.is_empty() && record.resources.published.is_empty() {
+        return Ok(());
+    }
+    if supervisor.host.rehearses(|| format!("remove the taps and published ports of slot {}", record.slot)) {
+        return Ok(());
+    }
+    let gone = record.clone();
+    supervisor.act(row, record.slot, "remove taps", move || tap::remove(&gone)).await??;
+    if let Err(error) = settle(supervisor, row, record, Some(record)).await {
+        tracing::error!(slot = %record.slot, %error, "the packet filter still has the rules of a released slot");
+        supervisor.note(&format!("slot {}: its rules could not be removed: {error}", record.slot));
+    }
+    Ok(())
+}
+
+/// At start: the tables are made to equal the ledger, if there can be any.
+pub async fn adopt(supervisor: &Rc<Supervisor>) {
+    let program = filter::Program::of(supervisor);
+    let cards = cards(supervisor, None);
+    if supervisor.host.is_rehearsed() || (cards.is_empty() && !program.was_used()) {
+        return;
+    }
+    let done = supervisor.helpers.run("packet filter", move || program.settle(&cards)).await.and_then(|done| done);
+    match done {
+        Ok(()) => supervisor.note("the packet filter's tables were made as the ledger says"),
+        Err(error) => {
+            tracing::error!(%error, "the packet filter can't be made as the ledger says");
+            supervisor.note(&format!("the packet filter could not be made as the ledger says: {error}"));
+        }
+    }
+}

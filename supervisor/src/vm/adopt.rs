@@ -15,8 +15,8 @@
 use super::{argv, release, watch};
 use crate::host::Host;
 use crate::ledger::{Ledger, Record, Unreadable};
-use crate::process;
 use crate::state::{Supervisor, Vm};
+use crate::{net, process};
 use diarch_ipc::operation::{ExitStatus, SlotState};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -86,7 +86,8 @@ pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
                     findings.found.push(Found { record, pidfd, trouble: None });
                     continue;
                 }
-                if let Err(error) = ledger.remove(slot) {
+                let removed = net::tap::remove(&record).map_err(io::Error::other).and_then(|()| ledger.remove(slot));
+                if let Err(error) = removed {
                     findings.notes.push(format!("slot {slot} ({}): its release could not be finished: {error}", record.label));
                     findings.found.push(Found { record, pidfd: None, trouble: None });
                     continue;

@@ -7,7 +7,7 @@
 //! Checked against QEMU 7.2 (Debian 12) and 10.0 (Debian 13).
 
 use diarch_ipc::name::{Forward, Label, Slot};
-use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskAccess, DiskFormat, Egress, FdRole, Nic, VmSpec};
+use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskAccess, DiskFormat, Egress, FdRole, Nic, Presence, VmSpec};
 use serde_json::json;
 
 /// Where QEMU finds what it was given; 0 is `/dev/null`, 1 and 2 are the log.
@@ -23,7 +23,7 @@ pub fn process_name(slot: Slot) -> String {
 }
 
 /// The whole vector, `argv[0]` included.
-pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec) -> Vec<String> {
+pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, vhost: Presence) -> Vec<String> {
     let mut argv: Vec<String> = Vec::with_capacity(64);
     let mut push = |args: &[&str]| argv.extend(args.iter().map(|a| (*a).to_owned()));
 
@@ -76,11 +76,40 @@ pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec) -> Vec<St
         push(&["-device", &json!({"driver": "virtio-blk-pci", "drive": format!("disk{n}")}).to_string()]);
     }
     for (n, nic) in spec.nics.iter().enumerate() {
-        push(&["-netdev", &netdev(n, nic), "-device"]);
         // No option ROM: it is a file by path, and nothing boots from this network.
-        push(&[&json!({"driver": "virtio-net-pci", "netdev": format!("net{n}"), "mac": nic.mac.as_str(), "romfile": ""}).to_string()]);
+        let mut card = json!({"driver": "virtio-net-pci", "netdev": format!("net{n}"), "mac": nic.mac.as_str(), "romfile": ""});
+        let backend = match &nic.backend {
+            Backend::User { .. } => netdev(n, nic),
+            Backend::Tap { queues } => {
+                if queues.get() > 1 {
+                    card["mq"] = true.into();
+                    // One for each direction of each queue, one for the control queue, one for changes of the configuration.
+                    card["vectors"] = (2 * queues.get() + 2).into();
+                }
+                tap(n, spec, vhost)
+            }
+        };
+        push(&["-netdev", &backend, "-device", &card.to_string()]);
     }
     argv
+}
+
+/// The queues of card `n` are descriptors, and so are those of `/dev/vhost-net`, which follow behind all files.
+fn tap(n: usize, spec: &VmSpec, vhost: Presence) -> String {
+    let queues = |nic: &Nic| if let Backend::Tap { queues } = &nic.backend { usize::from(queues.get()) } else { 0 };
+    let (before, own) = (spec.nics.iter().take(n).map(queues).sum(), spec.nics.get(n).map_or(0, queues));
+    let taps = files(spec).into_iter().filter(|(role, _)| role.name == "tap").map(|(_, fd)| fd);
+    let list = |fds: Vec<i32>| fds.iter().map(i32::to_string).collect::<Vec<_>>().join(":");
+    let mut tap = json!({"type": "tap", "id": format!("net{n}"), "fds": list(taps.skip(before).take(own).collect())});
+    if vhost == Presence::Given {
+        tap["vhost"] = true.into();
+        tap["vhostfds"] = list((first_vhost_fd(spec)..).skip(before).take(own).collect()).into();
+    }
+    tap.to_string()
+}
+
+fn first_vhost_fd(spec: &VmSpec) -> i32 {
+    files(spec).last().map_or(FIRST_FILE_FD, |(_, fd)| fd + 1)
 }
 
 fn netdev(n: usize, nic: &Nic) -> String {
@@ -132,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_example_renders_as_it_should() {
-        let argv = render("/usr/bin/qemu-system-x86_64", slot(), &label(), &example());
+        let argv = render("/usr/bin/qemu-system-x86_64", slot(), &label(), &example(), Presence::Absent);
         assert_eq!(after(&argv, "-kernel"), ["/proc/self/fd/6"]);
         assert_eq!(after(&argv, "-initrd"), ["/proc/self/fd/7"]);
         assert_eq!(after(&argv, "-append"), ["console=ttyS0"]);
@@ -147,10 +176,33 @@ mod tests {
     }
 
     #[test]
+    fn each_queue_of_a_tap_is_a_descriptor_of_its_own_card() {
+        let mut spec = example();
+        let card = |queues: u64| Nic { backend: Backend::Tap { queues: diarch_ipc::name::Queues::new(queues).unwrap() }, ..example().nics[0].clone() };
+        spec.nics = vec![card(1), example().nics[0].clone(), card(2)];
+        for vhost in [Presence::Absent, Presence::Given] {
+            let argv = render("q", slot(), &label(), &spec, vhost);
+            let nets: Vec<serde_json::Value> = after(&argv, "-netdev").iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+            let first: i32 = nets[0]["fds"].as_str().unwrap().parse().unwrap();
+            assert_eq!((nets[0]["type"].as_str(), nets[1]["type"].as_str()), (Some("tap"), Some("user")));
+            assert_eq!(nets[2]["fds"], format!("{}:{}", first + 1, first + 2));
+            assert_eq!(spec.fds().len(), usize::try_from(first).unwrap() - 3 + 2, "the taps come last");
+            if vhost == Presence::Given {
+                assert_eq!((&nets[0]["vhostfds"], &nets[2]["vhostfds"]), (&format!("{}", first + 3).into(), &format!("{}:{}", first + 4, first + 5).into()));
+            } else {
+                assert!(nets.iter().all(|net| net.get("vhostfds").is_none()));
+            }
+            let cards: Vec<serde_json::Value> = after(&argv, "-device").iter().filter_map(|text| serde_json::from_str(text).ok()).collect();
+            let cards: Vec<&serde_json::Value> = cards.iter().filter(|card| card["driver"] == "virtio-net-pci").collect();
+            assert_eq!((cards[0].get("mq"), &cards[2]["mq"], &cards[2]["vectors"]), (None, &true.into(), &6.into()));
+        }
+    }
+
+    #[test]
     fn a_qcow2_image_never_opens_a_backing_file() {
         let mut spec = example();
         spec.disks[0].format = DiskFormat::Qcow2;
-        let argv = render("q", slot(), &label(), &spec);
+        let argv = render("q", slot(), &label(), &spec, Presence::Absent);
         let format: serde_json::Value = serde_json::from_str(after(&argv, "-blockdev")[1]).unwrap();
         assert!(format.as_object().unwrap().contains_key("backing") && format["backing"].is_null());
     }
@@ -159,12 +211,12 @@ mod tests {
         /// Whatever the command line says, it is one argument and changes no other.
         #[test]
         fn a_command_line_never_adds_or_changes_an_argument(text in "[ -~]{0,200}") {
-            let plain = render("q", slot(), &label(), &example());
+            let plain = render("q", slot(), &label(), &example(), Presence::Absent);
             let mut spec = example();
             if let Boot::Kernel { command_line, .. } = &mut spec.boot {
                 *command_line = CommandLine::new(text.clone()).unwrap();
             }
-            let argv = render("q", slot(), &label(), &spec);
+            let argv = render("q", slot(), &label(), &spec, Presence::Absent);
             prop_assert_eq!(argv.len(), plain.len());
             for (one, other) in argv.iter().zip(&plain) {
                 prop_assert!(one == other || *one == text);

@@ -1,10 +1,9 @@
 //! `vm.release`: undoes all that stands under a slot, in reverse, and gives the slot back.
 
 use crate::ledger::{Ledger, Record};
-use crate::mount;
-use crate::process;
 use crate::state::Supervisor;
 use crate::vetted::Vetted;
+use crate::{mount, net, process};
 use diarch_ipc::Error;
 use diarch_ipc::name::Tenancy;
 use diarch_ipc::operation::{Operation, Release, Released, SlotState};
@@ -34,6 +33,8 @@ pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
     };
     // Undoing may be done twice, so it goes on when /run is full: with the old record there, a restarted supervisor finds the process gone.
     supervisor.record_or_believe(vetted.record.clone());
+    // First, though it stands under the process: whatever that does until it ends, it does to nobody.
+    net::clear(supervisor, row, &vetted.record).await?;
     let ledger = supervisor.ledger.clone();
     supervisor.act(row, slot, "release", move || undo(vetted, &ledger)).await??;
     mount::detach::all(supervisor, slot).await;

@@ -19,12 +19,12 @@ use crate::grants::Grants;
 use crate::ledger::{Ledger, Process, Record, Run};
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
-use crate::{fd, kvm, process, qemu};
+use crate::{fd, kvm, net, process, qemu};
 use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
-use diarch_ipc::name::{RequestId, Slot};
+use diarch_ipc::name::{NicIndex, RequestId, Slot};
 use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
-use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
+use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, FdKind, FdRole, MAX_DISKS, MAX_FORWARDS, MAX_NICS, Nic, Presence, VmSpec};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -68,6 +68,8 @@ struct Facts {
     /// The binary's own directories, opened.
     libraries: Vec<(PathBuf, OwnedFd)>,
     walls: jail::Walls,
+    /// `/dev/vhost-net`, for each queue of a tap.
+    vhost: Vec<OwnedFd>,
 }
 
 /// A start that was vetted.
@@ -199,6 +201,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
     let known = supervisor.hashes.get(&granted.path);
     let roles = ask.spec.fds();
     let (owner, walls) = (supervisor.host.owner(), supervisor.host.walls());
+    let (slot, nics, vhost) = (ask.tenancy.slot, ask.spec.nics.clone(), net::tap::vhost_node(&supervisor.host));
     let formats: Vec<DiskFormat> = ask.spec.disks.iter().map(|disk| disk.format).collect();
     supervisor
         .act(row, ask.tenancy.slot, "look at the files", move || {
@@ -211,11 +214,28 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
                     fd::no_external_data(fd, index)?;
                 }
             }
+            let queues = own_taps(&fds, &roles, slot, &nics)?;
+            let vhost = net::tap::vhost(&vhost, queues);
             let (program, hashed) = qemu::open(&name, &granted, owner, known)?;
             let libraries = qemu::libraries(&name, &granted)?;
-            Ok(Facts { program, hashed, fds, libraries, walls })
+            Ok(Facts { program, hashed, fds, libraries, vhost, walls })
         })
         .await?
+}
+
+/// Each tap is the one that was opened for that very card: its name says so, and the kernel says its name (THREATS 1, 5). Gives the number of queues.
+fn own_taps(fds: &[OwnedFd], roles: &[FdRole], slot: Slot, nics: &[Nic]) -> Result<u16, Error> {
+    let mut taps = fds.iter().enumerate().zip(roles).filter(|(_, role)| role.kind == FdKind::Tap).map(|(fd, _)| fd);
+    let mut count = 0;
+    for (number, nic) in (0..).zip(nics) {
+        let Backend::Tap { queues } = &nic.backend else { continue };
+        let nic = NicIndex::new(number).map_err(|error| Error::invalid("spec.nics", error.to_string()))?;
+        for (index, fd) in taps.by_ref().take(queues.get().into()) {
+            net::tun::recognise(fd, &net::tap::name(slot, nic), queues.get()).map_err(|reason| Error::invalid(format!("fds[{index}] (tap)"), reason))?;
+            count += 1;
+        }
+    }
+    Ok(count)
 }
 
 /// Everything that can be refused is refused here.
@@ -226,6 +246,7 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
     admit_shape(spec)?;
     admit_resources(grants, slots, slot, spec)?;
     admit_network(grants, slots, slot, spec)?;
+    admit_taps(&vm.record, spec)?;
     admit_accelerator(grants, kvm, spec)?;
     let granted = grants.qemu.get(spec.qemu.as_str()).ok_or_else(|| Error::denied(format!("qemu.{}", spec.qemu), "there is no such section"))?;
     let run = Run {
@@ -242,16 +263,28 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
     let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS;
     Ok(Vetted::by_vet(Launch {
         record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
-        argv: argv::render(&granted.path.to_string_lossy(), slot, &vm.record.label, spec),
+        argv: argv::render(
+            &granted.path.to_string_lossy(),
+            slot,
+            &vm.record.label,
+            spec,
+            if facts.vhost.is_empty() { Presence::Absent } else { Presence::Given },
+        ),
         program: facts.program.into(),
-        fds: facts.fds,
+        fds: facts.fds.into_iter().chain(facts.vhost).collect(),
         libraries: facts.libraries,
         accelerator: spec.accelerator,
-        network: if spec.nics.is_empty() { Reach::Nowhere } else { Reach::Host },
+        network: reach(spec),
         max_tasks,
         scope: Scope::of(slot, &vm.record.label, spec, max_tasks),
         walls: facts.walls,
     }))
+}
+
+/// A tap needs nothing but its descriptors: its interface stays where it was made.
+fn reach(spec: &VmSpec) -> Reach {
+    let of_the_host = spec.nics.iter().any(|nic| matches!(nic.backend, Backend::User { .. }));
+    if of_the_host { Reach::Host } else { Reach::Nowhere }
 }
 
 fn admit_shape(spec: &VmSpec) -> Result<(), Error> {
@@ -263,8 +296,8 @@ fn admit_shape(spec: &VmSpec) -> Result<(), Error> {
     for nic in &spec.nics {
         at_most("spec.nics.forwards", MAX_FORWARDS, nic.forwards().len())?;
     }
-    if !spec.devices.is_empty() || !spec.shares.is_empty() || spec.nics.iter().any(|nic| matches!(nic.backend, Backend::Tap { .. })) {
-        return Err(Error::Unsupported { missing: "devices, shares and taps are not built yet".into() });
+    if !spec.devices.is_empty() || !spec.shares.is_empty() {
+        return Err(Error::Unsupported { missing: "devices and shares are not built yet".into() });
     }
     if matches!(spec.boot, Boot::Disk { .. }) && spec.disks.is_empty() {
         return Err(Error::invalid("spec.boot", "to boot from a disk there must be one"));
@@ -318,7 +351,28 @@ fn admit_network(grants: &Grants, slots: &BTreeMap<Slot, Vm>, slot: Slot, spec: 
             if let Some((holder, _)) = runs(slots, Some(slot)).find(|(_, run)| run.forwards.iter().any(same)) {
                 return Err(Error::Conflict { holder: format!("VM {}", holder.record.label), reason: format!("it has {text}") });
             }
+            let published = |record: &Record| record.resources.published.iter().flat_map(|p| &p.forwards).any(|other| net::publish::clash(other, forward));
+            if let Some(vm) = slots.values().find(|vm| published(&vm.record)) {
+                return Err(Error::Conflict { holder: format!("VM {}", vm.record.label), reason: format!("it has {text} published") });
+            }
             seen.push(*forward);
+        }
+    }
+    Ok(())
+}
+
+/// A card is what its tap's rules were made for.
+fn admit_taps(record: &Record, spec: &VmSpec) -> Result<(), Error> {
+    for (number, nic) in spec.nics.iter().enumerate() {
+        let Backend::Tap { queues } = &nic.backend else { continue };
+        let Some(tap) = record.resources.taps.iter().find(|tap| usize::from(tap.nic.get()) == number) else {
+            return Err(Error::NotFound { what: format!("a tap for card {number} of slot {}: tap.open comes first", record.slot) });
+        };
+        if tap.mac != nic.mac {
+            return Err(Error::invalid("spec.nics.mac", format!("card {number} has {}, and its tap was opened for {}", nic.mac, tap.mac)));
+        }
+        if tap.queues != *queues {
+            return Err(Error::invalid("spec.nics.queues", format!("card {number} has {queues}, and its tap was opened with {}", tap.queues)));
         }
     }
     Ok(())

@@ -24,7 +24,7 @@ fn ask() -> Spawn {
         .unwrap()
 }
 fn facts() -> Facts {
-    Facts { program: File::open("/bin/true").unwrap(), hashed: None, fds: Vec::new(), libraries: Vec::new(), walls: jail::Walls::Jail }
+    Facts { program: File::open("/bin/true").unwrap(), hashed: None, fds: Vec::new(), libraries: Vec::new(), vhost: Vec::new(), walls: jail::Walls::Jail }
 }
 fn record(slot: u64, label: &str, state: SlotState, run: Option<Run>) -> Record {
     let slot = Slot::new(slot).unwrap();
