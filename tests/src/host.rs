@@ -119,8 +119,8 @@ pub struct Builder {
     pub memory_mib: u64,
     pub cpus_each: u16,
     pub kvm: bool,
-    /// Other programs of this workspace as `[qemu.NAME]`: the name, the program.
-    pub qemus: Vec<(&'static str, &'static str)>,
+    /// Other programs of this workspace as `[qemu.NAME]`: the name, the program, and more lines.
+    pub qemus: Vec<(&'static str, &'static str, String)>,
     /// More lines for the grants: `[limits]`, another `[qemu.NAME]`.
     pub grants_more: String,
     pub grants_mode: u32,
@@ -241,7 +241,7 @@ impl Builder {
         // Limits of the kernel's count per user id: two hosts at one time must not share theirs.
         let uid_first = self.uid_first.unwrap_or_else(users);
         let unit = self.unit.as_ref().map(|u| format!("unit = {u:?}\n")).unwrap_or_default();
-        let others: String = self.qemus.iter().map(|(name, program)| format!("[qemu.{name}]\npath = {:?}\n", copied(program))).collect();
+        let others: String = self.qemus.iter().map(|(name, program, more)| format!("[qemu.{name}]\npath = {:?}\n{more}\n", copied(program))).collect();
         let grants = format!(
             "[worker]\nuser = {}\n{unit}[vms]\nmax = {}\nuid_first = {uid_first}\nmemory_mib = {}\ncpus_each = {}\nkvm = {}\n\
              [qemu.default]\npath = {:?}\n{others}[forwards]\nallow = [\"127.0.0.1:1024-65535\"]\n{}\n",

@@ -41,8 +41,12 @@ impl Inmate {
 }
 
 fn host() -> Host {
+    host_with(String::new())
+}
+
+fn host_with(more: String) -> Host {
     let mut builder = Host::builder().without_worker();
-    builder.qemus.push(("inmate", "diarch-inmate"));
+    builder.qemus.push(("inmate", "diarch-inmate", more));
     builder.start()
 }
 
@@ -132,6 +136,36 @@ fn a_jail_holds_no_file_of_the_hosts_but_libraries_and_firmware() {
     assert!(usr.is_subset(&BTreeSet::from(["lib", "lib64", "share"])), "{usr:?}");
     // Of /proc its own process, and nothing of the kernel's.
     assert_eq!(inmate.told("proc"), ["self", "thread-self"]);
+}
+
+#[test]
+fn a_qemu_that_lies_elsewhere_has_its_granted_directories_to_read() {
+    need!(Root, Kernel(6, 5));
+    let opt = tempfile::tempdir().unwrap();
+    let (lib, beside) = (opt.path().join("lib"), opt.path().join("beside"));
+    for directory in [&lib, &beside] {
+        fs::create_dir(directory).unwrap();
+        fs::write(directory.join("libqemu.so"), "code").unwrap();
+    }
+    for directory in [opt.path(), &lib, &beside] {
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let host = host_with(format!("libraries = [{lib:?}]"));
+    let session = host.session();
+    let words = [&lib, &beside].map(|directory| format!("open={}", directory.join("libqemu.so").display()));
+    let inmate = inmate(&host, &session, "elsewhere", &words.join(" "));
+    assert_eq!(inmate.told(&words[0]), ["done", "EACCES"]);
+    assert_eq!(inmate.told(&words[1]), ["ENOENT", "ENOENT"]);
+    let writable = inmate.told("writable");
+    assert_eq!(writable[..writable.len() - 1], ["/run/vm"]);
+    // One that somebody else could fill is not bound, and nothing is started.
+    session.ask(Request::VmRelease(diarch_ipc::operation::Release { tenancy: inmate.tenancy }), Vec::new()).unwrap();
+    fs::set_permissions(&lib, fs::Permissions::from_mode(0o777)).unwrap();
+    let claimed = session.claim("again");
+    let (mut spec, fds) = host.spec("");
+    spec.qemu = QemuName::new("inmate").unwrap();
+    let refused = session.ask(Request::VmSpawn(Spawn { tenancy: claimed.tenancy, spec }), fds).unwrap_err().to_string();
+    assert!(refused.contains("can be written by others"), "{refused}");
 }
 
 #[test]
