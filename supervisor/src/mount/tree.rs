@@ -173,7 +173,7 @@ fn said(new: &OwnedFd) -> String {
     while text.len() < 1024 {
         let Ok(length) = rustix::io::read(new, &mut line) else { break };
         let told = String::from_utf8_lossy(&line[..length]);
-        text += &format!(" ({})", told.trim_end().trim_start_matches(|c| matches!(c, 'e' | 'w' | 'i')).trim_start());
+        text += &format!(" ({})", told.trim_end().trim_start_matches(['e', 'w', 'i']).trim_start());
     }
     text
 }

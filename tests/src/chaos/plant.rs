@@ -90,7 +90,9 @@ impl Plant {
             }
             Plant::Amnesia => {
                 let session = host.session();
-                session.inventory().vms.iter().for_each(|vm| drop(session.release(vm.tenancy())));
+                session.inventory().vms.iter().for_each(|vm| {
+                    session.release(vm.tenancy());
+                });
                 let tenancy = session.claim("forgotten").tenancy;
                 session.spawn(host, tenancy, "");
                 remove(&host.inside("run/vm").join(tenancy.slot.to_string()))
