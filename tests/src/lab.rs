@@ -84,7 +84,8 @@ impl Lab {
         let stamp = fs::File::open(images.join("stamp")).expect("need!(Lab) comes first");
         stamp.lock_shared().expect("flock");
         // Once it has booted, this directory is not needed any more.
-        let dir = tempfile::Builder::new().prefix("diarch-lab-").tempdir().expect("a directory for the lab");
+        forget_killed();
+        let dir = tempfile::Builder::new().prefix(PREFIX).tempdir().expect("a directory for the lab");
         payload::make(&dir.path().join("payload.img"));
         let started = Instant::now();
         let qemu = qemu::Process::start(&images, dir.path(), words);
@@ -95,7 +96,11 @@ impl Lab {
         assert_eq!(settled.stdout.trim(), "running", "the lab did not boot well\n{}", lab.state());
         lab.booted = started.elapsed();
         if std::env::var_os("DIARCH_LAB_CONSOLE").is_some() {
-            eprintln!("the lab's console: {}", dir.keep().join("console").display());
+            // Not under the name that the next lab clears away.
+            let kept = dir.keep();
+            let console = std::env::temp_dir().join(format!("lab-console-{}", std::process::id()));
+            let _ = fs::rename(kept.join("console"), &console).and_then(|()| fs::remove_dir_all(kept));
+            eprintln!("the lab's console: {}", console.display());
         }
         lab
     }
@@ -123,6 +128,17 @@ impl Lab {
             short("dmesg | tail -n 40"),
             short("journalctl --no-pager -o short-precise -n 60")
         )
+    }
+}
+
+const PREFIX: &str = "diarch-lab-";
+
+/// Removes the directory of a lab whose test program was killed while it booted. Whoever calls has the only slot, so no live lab has one.
+fn forget_killed() {
+    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 
