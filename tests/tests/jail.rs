@@ -342,6 +342,7 @@ fn plan(directory: &Path, words: &str, root: Root) -> (Plan, std::path::PathBuf)
         network: Network::Own,
         sockets: Sockets::Unix,
         sandbox: Sandbox::Ours,
+        walls: jail::Walls::Jail,
     };
     (plan, log)
 }
