@@ -16,7 +16,7 @@ use super::{Vm, Want};
 use crate::vmfile::{Machine, Tap};
 use diarch_ipc::Error;
 use diarch_ipc::name::{Bdf, NicIndex, ShareName, Slot, Tenancy};
-use diarch_ipc::operation::{DeviceRecord, OpenTap, SlotState, TapOpened};
+use diarch_ipc::operation::{DeviceRecord, DeviceState, OpenTap, SlotState, TapOpened};
 use diarch_ipc::spec::DiskAccess;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -28,6 +28,11 @@ const TAP_LINGERS: Duration = Duration::from_secs(3);
 const TAP_AGAIN: Duration = Duration::from_millis(50);
 /// linux/errno-base.h; the name of the tap before is still taken.
 const EBUSY: i32 = 16;
+
+/// We saw the QEMU's end before the supervisor did, or something else is not as we thought.
+const SLOT_BUSY: [&str; 3] = [SlotState::Spawning.as_str(), SlotState::Running.as_str(), SlotState::Releasing.as_str()];
+/// On its way to another state: asking again soon is right.
+const DEVICE_BUSY: [&str; 3] = [DeviceState::Reserved.as_str(), DeviceState::Attached.as_str(), DeviceState::Resetting.as_str()];
 
 /// What was asked for under the present tenancy.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -92,7 +97,7 @@ impl Vm {
         self.take_devices(tenancy, machine).await?;
         for share in &machine.shares {
             self.equipment.shares.insert(share.share.clone(), share.access);
-            if let Err(error) = self.context.link.attach_share(tenancy, &share.share, share.access).await {
+            if let Err(error) = self.attach_share(tenancy, &share.share, share.access).await {
                 return Err(self.not_had(tenancy, &format!("share {}", share.share), &error).await);
             }
         }
@@ -170,17 +175,38 @@ impl Vm {
         self.equipment.dirty = false;
         for function in &machine.devices {
             self.still_wanted()?;
-            if self.equipment.devices.insert(function.clone(), Vec::new()).is_none() {
+            if !self.equipment.devices.contains_key(function) {
+                self.equipment.devices.insert(function.clone(), Vec::new());
                 self.set(|status| status.reason = Some(format!("taking the device {function} from its driver")));
             }
             match self.context.link.bind(tenancy, function).await {
                 Ok(record) => {
                     self.equipment.devices.insert(function.clone(), functions(&record));
                 }
-                Err(error) => return Err(self.not_had(tenancy, &format!("device {function}"), &error).await),
+                Err(error) => {
+                    let refusal = self.not_had(tenancy, &format!("device {function}"), &error).await;
+                    return Err(match (refusal, error) {
+                        (NotStarted::Refused(reason), Error::WrongState { .. }) => {
+                            NotStarted::Refused(format!("{reason}; 'diarch device recover {function}' tries to reset it"))
+                        }
+                        (refusal, _) => refusal,
+                    });
+                }
             }
         }
         Ok(())
+    }
+
+    async fn attach_share(&self, tenancy: Tenancy, share: &ShareName, access: DiskAccess) -> Result<(), Error> {
+        let link = &self.context.link;
+        match link.attach_share(tenancy, share, access).await {
+            // A worker before this one attached it otherwise, and had no time to write that down.
+            Err(Error::Conflict { .. }) => {
+                link.detach_share(tenancy, share).await?;
+                link.attach_share(tenancy, share, access).await
+            }
+            answer => answer,
+        }
     }
 
     /// Each device can take a minute: whoever wants the VM stopped meanwhile does not wait for all of them.
@@ -207,6 +233,8 @@ impl Vm {
         let reason = format!("{what}: {error}");
         match error {
             Error::Superseded => NotStarted::Failed(reason),
+            Error::WrongState { state, .. } if SLOT_BUSY.contains(&state.as_str()) => NotStarted::OutOfStep(reason),
+            Error::WrongState { state, .. } if DEVICE_BUSY.contains(&state.as_str()) => NotStarted::Failed(reason),
             // Of the slot, or of what was asked for?
             Error::NotFound { .. } | Error::WrongState { .. } => match self.context.link.find(&self.name).await {
                 Ok(Some(record)) if record.tenancy() == tenancy && matches!(record.state, SlotState::Claimed | SlotState::Exited) => {

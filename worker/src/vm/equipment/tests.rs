@@ -316,6 +316,9 @@ async fn a_device_that_another_vm_holds_is_told_with_its_holder_and_all_is_given
     {
         let bench = Bench::new();
         let refusal = if operation == "vm.spawn" { Error::denied("vms.memory_mib", "too much") } else { conflict() };
+        if operation == "mount.attach" {
+            bench.refuse(operation, conflict());
+        }
         bench.refuse(operation, refusal.clone());
         let handle = bench.start(whole(), None);
         let status = wait(&handle, "refused", |status| status.phase == Phase::Failed && status.retry_ms.is_some()).await;
@@ -417,6 +420,29 @@ async fn a_worker_that_takes_over_a_vm_that_runs_knows_what_it_has() {
 }
 
 #[tokio::test]
+async fn a_share_that_the_worker_before_attached_otherwise_is_attached_anew() {
+    let bench = Bench::new();
+    bench.refuse("mount.attach", Error::Conflict { holder: "web".into(), reason: "it has models attached read-write; detach it first".into() });
+    healthy(&bench.start(whole(), None)).await;
+    let mut expected = vec!["vm.claim"];
+    expected.extend(&EQUIPPED[..3]);
+    expected.push("mount.detach models");
+    expected.extend(&EQUIPPED[2..]);
+    assert_eq!(bench.asked(), expected);
+}
+
+#[tokio::test]
+async fn a_slot_or_a_device_that_is_busy_for_a_moment_is_asked_again_at_once() {
+    for state in ["running", "attached"] {
+        let bench = Bench::new();
+        bench.refuse("vfio.bind", Error::WrongState { state: state.into(), reason: "not yet".into() });
+        let status = healthy(&bench.start(whole(), None)).await;
+        assert_eq!(status.restarts, 1);
+        assert_eq!(bench.asked(), [&["vm.claim", "vfio.bind 0000:65:00.0"], &EQUIPPED[..]].concat(), "{state}");
+    }
+}
+
+#[tokio::test]
 async fn a_stop_does_not_wait_for_all_devices() {
     let bench = Bench::new();
     bench.desk().pause = Some(Duration::from_millis(300));
@@ -449,7 +475,7 @@ async fn a_device_is_reset_when_an_operator_says_so_and_only_once() {
     bench.refuse("vfio.bind", wrong.clone());
     handle.intend(|intent| (intent.want, intent.starts, intent.recovers) = (Want::Run, 2, 2));
     let status = wait(&handle, "refused", |status| status.phase == Phase::Failed && status.retry_ms.is_some()).await;
-    assert_eq!(status.reason.unwrap(), format!("device 0000:65:00.0: {wrong}"));
+    assert_eq!(status.reason.unwrap(), format!("device 0000:65:00.0: {wrong}; 'diarch device recover 0000:65:00.0' tries to reset it"));
 }
 
 #[tokio::test]
