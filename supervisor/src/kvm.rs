@@ -90,7 +90,7 @@ fn run_probe(uid: u32, walls: jail::Walls) -> Result<KvmVerdict, Error> {
         uid,
         groups: device_group().into_iter().collect(),
         limits: jail::Limits { tasks: 16, open_files: 64, locked_bytes: jail::LOCKED_BYTES },
-        root: jail::Root::of_a_program(jail::Proc::ReadOnly).node(DEVICE),
+        root: jail::Root::of_a_program().node(DEVICE),
         network: jail::Network::Own,
         sockets: jail::Sockets::Unix,
         sandbox: jail::Sandbox::Ours,

@@ -4,7 +4,7 @@
 use diarch_ipc::name::{QemuName, Tenancy};
 use diarch_ipc::operation::{Reply, Request, Signal, SignalKind, Spawn};
 use diarch_ipc::spec::{DiskAccess, DiskFormat};
-use diarch_supervisor::vm::jail::{self, Limits, Network, Plan, Proc, Root, Sandbox, Sockets, mount};
+use diarch_supervisor::vm::jail::{self, Limits, Network, Plan, Root, Sandbox, Sockets, mount};
 use diarch_tests::host::{Host, Session, binary};
 use diarch_tests::need;
 use diarch_tests::wire::{User, as_user, connect};
@@ -351,10 +351,14 @@ fn plan(directory: &Path, words: &str, root: Root) -> (Plan, std::path::PathBuf)
 fn run((plan, log): (Plan, std::path::PathBuf)) -> BTreeMap<String, Vec<String>> {
     let pidfd = jail::fork(plan).unwrap().open(SOON).unwrap();
     let told = report(&log);
-    rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL).unwrap();
-    assert!(diarch_supervisor::process::wait_ended(&pidfd, SOON).unwrap());
-    diarch_supervisor::process::reap(&pidfd);
+    end(&pidfd);
     told
+}
+
+fn end(pidfd: &OwnedFd) {
+    rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL).unwrap();
+    assert!(diarch_supervisor::process::wait_ended(pidfd, SOON).unwrap());
+    diarch_supervisor::process::reap(pidfd);
 }
 
 #[test]
@@ -365,7 +369,7 @@ fn a_detached_mount_is_moved_into_a_jail_and_is_on_no_path_of_the_hosts() {
     let shared = mount::tmpfs(1024 * 1024, 16, UID, 0o700).unwrap();
     let file = rustix::fs::openat(&shared, "file", rustix::fs::OFlags::CREATE | rustix::fs::OFlags::WRONLY, rustix::fs::Mode::from_raw_mode(0o644)).unwrap();
     rustix::fs::fchmod(file, rustix::fs::Mode::from_raw_mode(0o644)).unwrap();
-    let root = Root::of_a_program(Proc::ReadOnly).mount("/srv/share", shared);
+    let root = Root::of_a_program().mount("/srv/share", shared);
     let told = run(plan(directory.path(), "open=/srv/share/file", root));
     assert_eq!(told["open=/srv/share/file"][0], "done");
     let writable = &told["writable"];
@@ -382,7 +386,7 @@ fn a_jail_can_have_a_network_that_was_made_for_it() {
         (File::open("/proc/thread-self/ns/net").unwrap(), fs::read_link("/proc/thread-self/ns/net").unwrap())
     });
     let (namespace, name) = made.join().unwrap();
-    let (mut plan, log) = plan(directory.path(), "", Root::of_a_program(Proc::ReadOnly));
+    let (mut plan, log) = plan(directory.path(), "", Root::of_a_program());
     plan.network = Network::Given(namespace.into());
     plan.sockets = Sockets::Internet;
     let gated = jail::fork(plan).unwrap();
@@ -391,38 +395,47 @@ fn a_jail_can_have_a_network_that_was_made_for_it() {
     let told = report(&log);
     assert_eq!(fs::read_link(format!("/proc/{pid}/ns/net")).unwrap(), name);
     assert!(told["asked"].contains(&"internet: done".to_owned()), "{:?}", told["asked"]);
-    rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL).unwrap();
-    diarch_supervisor::process::wait_ended(&pidfd, SOON).unwrap();
-    diarch_supervisor::process::reap(&pidfd);
+    end(&pidfd);
 }
 
 #[test]
-fn only_a_program_that_walls_itself_in_may_make_a_user_namespace() {
+fn a_program_that_walls_itself_in_gets_no_user_namespace_and_goes_on() {
     need!(Root, Kernel(6, 5));
     let directory = tempfile::tempdir().unwrap();
-    let (mut plan, log) = plan(directory.path(), "open=/proc/self/uid_map", Root::of_a_program(Proc::Writable));
-    plan.sandbox = Sandbox::Itself;
-    let told = run((plan, log));
-    assert_eq!(told["asked"][0], "unshare user: done");
-    // Its new rights are over what it makes in there, and the rest of the list stands.
-    for line in ["fsopen: EPERM", "bpf: EPERM", "io_uring: EPERM", "keys: EPERM", "ptrace: EPERM", "internet: EPERM", "run what it wrote: ENOENT"] {
+    let (mut plan, log) = plan(directory.path(), "list=/", Root::of_a_program());
+    plan.sandbox = Sandbox::Pretended;
+    let gated = jail::fork(plan).unwrap();
+    let pid = gated.pid;
+    let pidfd = gated.open(SOON).unwrap();
+    let told = report(&log);
+    let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+    assert_eq!(namespace(pid), namespace(std::process::id()));
+    for line in
+        ["unshare user: done", "mount: done", "umount: done", "clone user: EPERM", "fsopen: EPERM", "chroot: EPERM", "bpf: EPERM", "every capability: EPERM"]
+    {
         assert!(told["asked"].contains(&line.to_owned()), "{line}: {:?}", told["asked"]);
     }
+    // What it asked for last, with what it thinks are its new rights: its tree is as it was.
+    assert!(told["list=/"].contains(&"usr".to_owned()), "{:?}", told["list=/"]);
+    end(&pidfd);
 }
 
 #[test]
-fn what_can_not_be_put_into_a_jail_is_named_and_leaves_nothing() {
+fn what_can_not_be_put_into_a_jail_is_named_and_nothing_runs() {
     need!(Root, Kernel(6, 5));
     let directory = tempfile::tempdir().unwrap();
-    let before = fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let refused = |root: Root| jail::fork(plan(directory.path(), "", root).0).and_then(|gated| gated.open(SOON)).unwrap_err().to_string();
-    let missing = refused(Root::of_a_program(Proc::ReadOnly).node("/dev/no-such-node"));
+    let missing = refused(Root::of_a_program().node("/dev/no-such-node"));
     assert!(missing.contains("/dev/no-such-node") && missing.contains("No such file"), "{missing}");
     // What only the child can find out comes over the gate: this directory is hidden by the mount above it.
-    let hidden = Root::of_a_program(Proc::ReadOnly).mount("/usr/lib/diarch-no-such-directory/x", mount::tmpfs(4096, 4, UID, 0o700).unwrap());
+    let hidden = Root::of_a_program().mount("/usr/lib/diarch-no-such-directory/x", mount::tmpfs(4096, 4, UID, 0o700).unwrap());
     let child = refused(hidden);
     assert!(child.contains("mount in the jail: /usr/lib/diarch-no-such-directory/x") && child.contains("No such file"), "{child}");
     let climbing = refused(Root::default().own("/run/../etc", UID, 4096));
     assert!(climbing.contains("absolute, plain"), "{climbing}");
-    assert!(fs::read_dir("/proc/self/fd").unwrap().count() <= before + 1, "descriptors");
+    assert_eq!(fs::read_to_string("/proc/self/mountinfo").unwrap(), before);
+    // The child that failed is gone, and reaped.
+    let children = fs::read_to_string("/proc/thread-self/children").unwrap();
+    assert_eq!(children.trim(), "", "children of this thread");
 }

@@ -44,7 +44,7 @@ use diarch_ipc::Error;
 pub use filter::{Sandbox, Sockets};
 use nix::libc;
 use nix::sys::signal::SigmaskHow;
-pub use root::{Proc, Root};
+pub use root::Root;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, c_char, c_int, c_long};
 use std::io::{self, Read, Write};
@@ -160,7 +160,7 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
         at: part.at.as_ptr(),
         made: match &part.made {
             root::Made::Mount(mount) => Made::Mount(mount.as_raw_fd()),
-            root::Made::Proc(proc) => Made::Proc { attributes: proc_attributes(*proc) },
+            root::Made::Proc => Made::Proc,
         },
     });
 
@@ -212,18 +212,17 @@ fn clone_into(namespaces: c_int) -> c_long {
     unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) }
 }
 
-fn proc_attributes(proc: Proc) -> c_long {
-    let plain = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-    let attributes = match proc {
-        Proc::ReadOnly => plain | libc::MOUNT_ATTR_RDONLY,
-        Proc::Writable => plain,
-    };
-    c_long::try_from(attributes).unwrap_or(0)
-}
-
 impl Gated {
-    /// Lets the child go on, and waits until it is the new program.
+    /// Lets the child go on, and waits until it is the new program. One that did not become it has ended, and is reaped.
     pub fn open(mut self, within: Duration) -> Result<OwnedFd, Error> {
+        let opened = self.become_program(within);
+        if opened.is_err() && crate::process::wait_ended(&self.pidfd, within).unwrap_or(false) {
+            crate::process::reap(&self.pidfd);
+        }
+        opened
+    }
+
+    fn become_program(&mut self, within: Duration) -> Result<OwnedFd, Error> {
         let step = |name: &str, error: &io::Error| Error::io(name, error);
         let pidfd = self.pidfd.try_clone().map_err(|e| step("dup", &e))?;
         let Some(mut gate) = self.gate.take() else { return Err(Error::Failed { step: "gate".into(), errno: None, detail: "it was opened before".into() }) };

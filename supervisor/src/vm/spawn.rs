@@ -451,7 +451,7 @@ pub fn firmware(root: jail::Root) -> jail::Root {
 
 /// What QEMU finds: its libraries and firmware, its devices, a directory of its own.
 fn root(uid: u32, accelerator: Accelerator, network: Reach, libraries: Vec<(PathBuf, OwnedFd)>) -> jail::Root {
-    let mut root = firmware(jail::Root::of_a_program(jail::Proc::ReadOnly));
+    let mut root = firmware(jail::Root::of_a_program());
     for (path, directory) in libraries {
         root = root.opened(path, directory);
     }
@@ -468,12 +468,9 @@ fn root(uid: u32, accelerator: Accelerator, network: Reach, libraries: Vec<(Path
 fn open(waiting: Waiting) -> Result<Launched, Error> {
     let Waiting { gated, qmp, record, .. } = waiting;
     let (slot, pid) = (record.slot, gated.pid);
-    let watched = gated.pidfd.try_clone().map_err(|error| Error::io("dup", &error))?;
     match gated.open(EXEC_PATIENCE) {
         Ok(pidfd) => Ok(Launched { pidfd, qmp, record }),
         Err(error) => {
-            let _ = process::wait_ended(&watched, EXEC_PATIENCE);
-            process::reap(&watched);
             tracing::warn!(%slot, pid, %error, "QEMU was not started");
             Err(error)
         }

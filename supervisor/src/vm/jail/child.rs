@@ -35,7 +35,7 @@ pub(super) struct Part {
 
 pub(super) enum Made {
     Mount(RawFd),
-    Proc { attributes: c_long },
+    Proc,
 }
 
 /// The steps that can fail, for the sentence.
@@ -81,6 +81,7 @@ const MOVE_MOUNT_F_EMPTY_PATH: c_long = 4;
 const FSCONFIG_SET_STRING: c_long = 1;
 const FSCONFIG_CMD_CREATE: c_long = 6;
 const CLOEXEC: c_long = 1;
+const PROC_ATTRIBUTES: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_RDONLY;
 
 /// The child's whole life.
 pub(super) fn live(with: &mut Prepared) -> ! {
@@ -169,7 +170,7 @@ fn enter(with: &mut Prepared) -> Result<(), Failed> {
     for (number, part) in (0..).zip(&with.parts) {
         let mount = match part.made {
             Made::Mount(mount) => c_long::from(mount),
-            Made::Proc { attributes } => process_files(attributes, number)?,
+            Made::Proc => process_files(number)?,
         };
         check!(PART, number, libc::syscall(libc::SYS_move_mount, mount, c"".as_ptr(), root, part.at, MOVE_MOUNT_F_EMPTY_PATH));
     }
@@ -184,13 +185,14 @@ fn enter(with: &mut Prepared) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A `/proc` of this process namespace, which only a process in it can make: processes, and none of the kernel's own files.
-fn process_files(attributes: c_long, number: u32) -> Result<c_long, Failed> {
+/// A `/proc` of this process namespace, which only a process in it can make: processes, and none of the kernel's own files. Read-only: its files change how the
+/// kernel treats a process.
+fn process_files(number: u32) -> Result<c_long, Failed> {
     let nothing = std::ptr::null::<c_char>();
     let context = check!(PART, number, libc::syscall(libc::SYS_fsopen, c"proc".as_ptr(), CLOEXEC));
     check!(PART, number, libc::syscall(libc::SYS_fsconfig, context, FSCONFIG_SET_STRING, c"subset".as_ptr(), c"pid".as_ptr(), 0));
     check!(PART, number, libc::syscall(libc::SYS_fsconfig, context, FSCONFIG_CMD_CREATE, nothing, nothing, 0));
-    Ok(check!(PART, number, libc::syscall(libc::SYS_fsmount, context, CLOEXEC, attributes)))
+    Ok(check!(PART, number, libc::syscall(libc::SYS_fsmount, context, CLOEXEC, PROC_ATTRIBUTES)))
 }
 
 /// Descriptors: first out of the way of the numbers they are to have, then to those numbers, the program and the gate behind them. All others go now, and not

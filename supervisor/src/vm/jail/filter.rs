@@ -15,10 +15,11 @@ use std::ffi::c_long;
 /// Who makes the program's inner walls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sandbox {
-    /// We do, and there are no others: no new namespace, mount or root.
+    /// We do, and the program does not try.
     Ours,
-    /// The program itself, by a user namespace and a root of its own, before it hears anybody (passt).
-    Itself,
+    /// We do. The program would make its own besides, by a user namespace and an empty root, and ends when it can't (passt); so it is told that it has, and nothing is
+    /// done. To be let make them, it would need the part of the kernel that most escapes went through, and so would whoever takes it over.
+    Pretended,
 }
 
 /// Which sockets it may make. Those it was given are no matter of this.
@@ -41,9 +42,14 @@ const SYS_OPEN_TREE_ATTR: c_long = 467;
 /// personality(2): tells and changes nothing.
 const PERSONALITY_QUERY: u64 = 0xffff_ffff;
 
+/// How a program makes walls of its own, as far as one that we start does.
+const WALLS: [c_long; 4] = [libc::SYS_unshare, libc::SYS_mount, libc::SYS_pivot_root, libc::SYS_umount2];
+
 /// Another tree than the one it was given.
-const MOUNTS: &[c_long] = &[libc::SYS_mount, libc::SYS_umount2, libc::SYS_pivot_root];
-const MORE_MOUNTS: &[c_long] = &[
+const MOUNTS: &[c_long] = &[
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
     libc::SYS_chroot,
     libc::SYS_fsopen,
     libc::SYS_fsconfig,
@@ -57,7 +63,7 @@ const MORE_MOUNTS: &[c_long] = &[
 
 /// Each group with its reason, refused in every jail.
 const REFUSED: &[&[c_long]] = &[
-    MORE_MOUNTS,
+    MOUNTS,
     // Somebody else's namespaces.
     &[libc::SYS_setns],
     // Other processes' memory, descriptors and secrets: a jail has one process, and its helper has no business there.
@@ -101,13 +107,10 @@ pub(super) fn program(sandbox: Sandbox, sockets: Sockets) -> Result<BpfProgram, 
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let mut refuse = |calls: &[c_long]| rules.extend(calls.iter().map(|call| (*call, Vec::new())));
     REFUSED.iter().for_each(|group| refuse(group));
-    if sandbox == Sandbox::Ours {
-        refuse(MOUNTS);
-        // With none of these flags both are for threads.
-        let any_of = |flags: &[i32]| flags.iter().map(|flag| rule(&[has(*flag)?])).collect::<Result<Vec<_>, _>>();
-        rules.insert(libc::SYS_clone, any_of(&NAMESPACES)?);
-        rules.insert(libc::SYS_unshare, any_of(&[&NAMESPACES[..], &[CLONE_NEWTIME]].concat())?);
-    }
+    // With none of these flags both are for threads.
+    let any_of = |flags: &[i32]| flags.iter().map(|flag| rule(&[has(*flag)?])).collect::<Result<Vec<_>, _>>();
+    rules.insert(libc::SYS_clone, any_of(&NAMESPACES)?);
+    rules.insert(libc::SYS_unshare, any_of(&[&NAMESPACES[..], &[CLONE_NEWTIME]].concat())?);
     // Another personality makes memory executable that was not meant to be.
     rules.insert(libc::SYS_personality, vec![rule(&[isnt(0, 0)?, isnt(0, PERSONALITY_QUERY)?])?]);
     let families: &[i32] = match sockets {
@@ -121,7 +124,7 @@ pub(super) fn program(sandbox: Sandbox, sockets: Sockets) -> Result<BpfProgram, 
     let target: TargetArch = std::env::consts::ARCH.try_into()?;
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM.unsigned_abs()), target)?;
     let list: BpfProgram = filter.try_into()?;
-    Ok(head().into_iter().chain(list).collect())
+    Ok(head(sandbox).into_iter().chain(list).collect())
 }
 
 fn rule(conditions: &[SeccompCondition]) -> Result<SeccompRule, seccompiler::BackendError> {
@@ -139,7 +142,7 @@ fn isnt(argument: u8, value: u64) -> Result<SeccompCondition, seccompiler::Backe
 }
 
 /// What a list of numbers can't say, before the list is looked at.
-fn head() -> Vec<sock_filter> {
+fn head(sandbox: Sandbox) -> Vec<sock_filter> {
     // linux/bpf_common.h: load a word of `struct seccomp_data`, jump if a bit is set or if equal, return.
     const LOAD: u16 = 0x20;
     const JUMP_IF_SET: u16 = 0x45;
@@ -149,15 +152,18 @@ fn head() -> Vec<sock_filter> {
     const X32: u32 = 0x4000_0000;
     const NUMBER: u32 = 0;
     let step = |code, jt, jf, k| sock_filter { code, jt, jf, k };
-    let clone3 = u32::try_from(libc::SYS_clone3).unwrap_or(u32::MAX);
-    vec![
-        step(LOAD, 0, 0, NUMBER),
-        step(JUMP_IF_SET, 0, 1, X32),
-        step(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
-        // Its flags lie in memory, where no filter looks. ENOSYS: the C library then makes its threads by clone(2).
-        step(JUMP_IF_EQUAL, 0, 1, clone3),
-        step(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()),
-    ]
+    let mut steps = vec![step(LOAD, 0, 0, NUMBER), step(JUMP_IF_SET, 0, 1, X32), step(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS)];
+    let mut answer = |call: c_long, errno: i32| {
+        steps.push(step(JUMP_IF_EQUAL, 0, 1, u32::try_from(call).unwrap_or(u32::MAX)));
+        steps.push(step(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | errno.unsigned_abs()));
+    };
+    // Its flags lie in memory, where no filter looks. ENOSYS: the C library then makes its threads by clone(2).
+    answer(libc::SYS_clone3, libc::ENOSYS);
+    if sandbox == Sandbox::Pretended {
+        // No error, and nothing done.
+        WALLS.into_iter().for_each(|call| answer(call, 0));
+    }
+    steps
 }
 
 #[cfg(test)]
@@ -196,7 +202,7 @@ mod tests {
     #[test]
     fn each_refused_call_fails_and_would_have_reached_the_kernel() {
         let filter = program(Sandbox::Ours, Sockets::Unix).unwrap();
-        for call in REFUSED.iter().copied().flatten().chain(MOUNTS) {
+        for call in REFUSED.iter().copied().flatten() {
             assert_eq!(outcome(Some(&filter), *call, NOWHERE), libc::EPERM, "system call {call}");
             if rustix::process::geteuid().is_root() {
                 // Root's own mistake is another: so it is the filter that refuses. (Calls that are gone, or need what this kernel lacks, say so.)
@@ -208,7 +214,6 @@ mod tests {
     #[test]
     fn no_namespace_can_be_made_and_threads_can() {
         let ours = program(Sandbox::Ours, Sockets::Unix).unwrap();
-        let itself = program(Sandbox::Itself, Sockets::Unix).unwrap();
         for flag in NAMESPACES {
             let flags = [c_long::from(flag), 0, 0];
             assert_eq!(outcome(Some(&ours), libc::SYS_unshare, flags), libc::EPERM, "{flag:#x}");
@@ -218,11 +223,20 @@ mod tests {
         assert_eq!(outcome(Some(&ours), libc::SYS_unshare, [libc::CLONE_FS.into(), 0, 0]), 0, "virtiofsd's threads do this");
         assert_eq!(outcome(Some(&ours), libc::SYS_clone, [libc::SIGCHLD.into(), 0, 0]), 0);
         assert_eq!(outcome(Some(&ours), libc::SYS_clone3, NOWHERE), libc::ENOSYS);
-        assert_eq!(outcome(Some(&itself), libc::SYS_clone3, NOWHERE), libc::ENOSYS);
-        assert_eq!(
-            outcome(Some(&itself), libc::SYS_unshare, [libc::CLONE_NEWUTS.into(), 0, 0]),
-            outcome(None, libc::SYS_unshare, [libc::CLONE_NEWUTS.into(), 0, 0])
-        );
+    }
+
+    #[test]
+    fn a_program_that_would_wall_itself_in_is_told_that_it_has_and_nothing_is_done() {
+        let filter = program(Sandbox::Pretended, Sockets::Unix).unwrap();
+        for call in WALLS {
+            // Its arguments are wrong: the kernel would have said so.
+            assert_eq!(outcome(Some(&filter), call, NOWHERE), 0, "system call {call}");
+            assert_ne!(outcome(None, call, NOWHERE), 0, "system call {call}");
+        }
+        assert_eq!(outcome(Some(&filter), libc::SYS_clone3, NOWHERE), libc::ENOSYS);
+        for (call, first) in [(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD), (libc::SYS_setns, -1), (libc::SYS_chroot, -1), (libc::SYS_fsopen, -1)] {
+            assert_eq!(outcome(Some(&filter), call, [first.into(), -1, -1]), libc::EPERM, "system call {call}");
+        }
     }
 
     #[test]

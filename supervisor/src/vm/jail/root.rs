@@ -31,14 +31,6 @@ const LIBRARIES: [&str; 4] = ["/usr/lib", "/usr/lib64", "/lib", "/lib64"];
 /// Nodes that any program may count on, and that lead nowhere.
 const NODES: [&str; 5] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"];
 
-/// May the program write to its `/proc` (to the files of its own process that it owns)?
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Proc {
-    ReadOnly,
-    /// For a program that makes a user namespace of its own, and writes its `uid_map`.
-    Writable,
-}
-
 #[derive(Debug)]
 enum What {
     /// A directory or file of the host's, read-only.
@@ -54,7 +46,7 @@ enum What {
         uid: u32,
         bytes: u64,
     },
-    Proc(Proc),
+    Proc,
 }
 
 #[derive(Debug)]
@@ -71,7 +63,7 @@ pub struct Root {
 
 impl Root {
     /// What a dynamically linked program needs to start: its libraries, the harmless devices, and its `/proc`.
-    pub fn of_a_program(proc: Proc) -> Self {
+    pub fn of_a_program() -> Self {
         let mut root = Root::default();
         for path in LIBRARIES.map(Path::new) {
             match std::fs::read_link(path) {
@@ -84,7 +76,7 @@ impl Root {
         for node in NODES {
             root = root.node(node);
         }
-        root.put("/proc", What::Proc(proc));
+        root.put("/proc", What::Proc);
         root
     }
 
@@ -150,7 +142,7 @@ impl Root {
                 What::Mount(mount) => Made::Mount(mount),
                 What::Node(path) => Made::Mount(node(&path).map_err(failed)?),
                 What::Own { uid, bytes } => Made::Mount(mount::tmpfs(bytes, OWN_FILES, uid, 0o700).map_err(failed)?),
-                What::Proc(proc) => Made::Proc(proc),
+                What::Proc => Made::Proc,
                 What::Empty => {
                     directories(&root, Some(&at)).map_err(failed)?;
                     continue;
@@ -163,7 +155,7 @@ impl Root {
             };
             let directory = match &made {
                 Made::Mount(mount) => FileType::from_raw_mode(fstat(mount).map_err(|e| failed(e.into()))?.st_mode) == FileType::Directory,
-                Made::Proc(_) => true,
+                Made::Proc => true,
             };
             stand(&root, &at, directory).map_err(failed)?;
             let at = CString::new(at.into_os_string().into_encoded_bytes()).map_err(|e| failed(e.into()))?;
@@ -194,7 +186,7 @@ pub(super) struct Part {
 pub(super) enum Made {
     Mount(OwnedFd),
     /// It shows the process namespace of whoever makes it, so the child does.
-    Proc(Proc),
+    Proc,
 }
 
 /// `/a/b` as `a/b`; what climbs or is relative is refused.

@@ -2,7 +2,7 @@
 //! `vm_start`. The program is `/bin/true`, whose end is waited for in both.
 
 use crate::{line, median, milliseconds};
-use diarch_supervisor::vm::jail::{self, Limits, Network, Plan, Proc, Root, Sandbox, Sockets, Walls};
+use diarch_supervisor::vm::jail::{self, Limits, Network, Plan, Root, Sandbox, Sockets, Walls};
 use diarch_supervisor::vm::spawn::firmware;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -42,7 +42,7 @@ fn in_a_jail() {
         uid: UID,
         groups: Vec::new(),
         limits: Limits { tasks: 16, open_files: 64, locked_bytes: jail::LOCKED_BYTES },
-        root: firmware(Root::of_a_program(Proc::ReadOnly)).own("/run/vm", UID, 1024 * 1024),
+        root: firmware(Root::of_a_program()).own("/run/vm", UID, 1024 * 1024),
         network: Network::Own,
         sockets: Sockets::Unix,
         sandbox: Sandbox::Ours,
