@@ -18,6 +18,7 @@
 //! | `machine`  | a Debian that was booted by a real systemd, with the package installed                      |
 //! | `lab`      | a Debian on an emulated machine, with devices to pass on and KVM                            |
 //! | `puppet`   | a worker without a will, in the worker's unit: asks what the test tells it to ask           |
+//! | `netns`    | networks of a test's own, and guests that are played by the test                            |
 //! | `wire`     | connections under another user id, and frames that no honest worker sends                   |
 //! | `chaos`    | random operations and random deaths, and three accounts of the host compared after each round |
 //! | `stepper`  | kills a process at one chosen system call                                                   |
@@ -27,6 +28,7 @@ pub mod host;
 pub mod lab;
 pub mod machine;
 pub mod need;
+pub mod netns;
 pub mod puppet;
 pub mod stand_in;
 pub mod stepper;
