@@ -13,7 +13,7 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
 use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -206,6 +206,42 @@ impl Guest {
             self.send(&ethernet(frame[6..12].try_into().expect("six bytes"), self.mac, ARP, &body));
         }
     }
+}
+
+/// `TUNSETPERSIST`, `_IOW('T', 203, int)` (linux/if_tun.h).
+const TUNSETPERSIST: u64 = 0x4004_54cb;
+
+/// A tap of this name in the calling thread's network, made by hand.
+pub fn create_tap(name: &str) -> OwnedFd {
+    let fd = open_tun();
+    attach_tap(&fd, name, 0).expect("TUNSETIFF");
+    fd
+}
+
+/// `/dev/net/tun`, which belongs to no tap yet.
+pub fn open_tun() -> OwnedFd {
+    std::fs::File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun").into()
+}
+
+/// Makes the tap, or becomes a queue of it; `more` are flags beside those that ours have.
+#[allow(unsafe_code)]
+pub fn attach_tap(fd: &OwnedFd, name: &str, more: i32) -> std::io::Result<()> {
+    use nix::libc;
+    // SAFETY: an all-zero ifreq is a valid one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more) as i16;
+    // SAFETY: TUNSETIFF reads and writes one ifreq.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Lets a tap outlive its descriptors, as whoever holds one can.
+#[allow(unsafe_code)]
+pub fn persist(tap: &OwnedFd) -> std::io::Result<()> {
+    // SAFETY: TUNSETPERSIST takes a number.
+    if unsafe { nix::libc::ioctl(tap.as_raw_fd(), TUNSETPERSIST as _, 1) } == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 pub fn ethernet(to: [u8; 6], from: [u8; 6], kind: u16, body: &[u8]) -> Vec<u8> {

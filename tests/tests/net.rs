@@ -488,19 +488,12 @@ fn asked_again_a_tap_is_made_anew_and_the_old_descriptor_is_dead() {
     let (_, mut fds) = open(&session, tap_request(tenancy, "p2p", 1)).unwrap();
     let new = Guest { tap: fds.remove(0), ..old };
     assert!(new.resolve(GATEWAY, SOON).is_some());
-    // Made persistent by whoever holds it, it goes with the slot all the same. TUNSETPERSIST, linux/if_tun.h.
-    assert_eq!(persist(&new.tap), 0);
+    // Made persistent by whoever holds it, it goes with the slot all the same.
+    netns::persist(&new.tap).unwrap();
     drop(new);
     assert!(ip("-o link").contains("dvm0n0"));
     session.release(tenancy);
     assert!(!ip("-o link").contains("dvm0n0"));
-}
-
-#[allow(unsafe_code)]
-fn persist(tap: &OwnedFd) -> i32 {
-    use std::os::fd::AsRawFd;
-    // SAFETY: TUNSETPERSIST takes a number.
-    unsafe { nix::libc::ioctl(tap.as_raw_fd(), 0x4004_54cb, 1) }
 }
 
 #[test]
@@ -524,7 +517,7 @@ fn another_vms_tap_or_none_is_not_taken_for_the_vms_own() {
     for (fd, number, queues, word) in [
         (copy(&others.tap), 2, 1, "another tap"),
         (file("/dev/null"), 2, 1, "tap of this supervisor"),
-        (file("/dev/net/tun"), 2, 1, "belongs to no tap"),
+        (netns::open_tun(), 2, 1, "belongs to no tap"),
         (copy(&own.tap), 3, 1, "its tap was opened for"),
         (copy(&own.tap), 2, 2, "2 queues"),
     ] {
@@ -533,29 +526,11 @@ fn another_vms_tap_or_none_is_not_taken_for_the_vms_own() {
     }
     // One of the same name, from a network that somebody made for it.
     let elsewhere = World::joined("else");
-    let fake = elsewhere.inside(|| {
-        ip("tuntap add dvm1n0 mode tap");
-        let fd = OwnedFd::from(std::fs::File::options().read(true).write(true).open("/dev/net/tun").unwrap());
-        attach(&fd, "dvm1n0");
-        fd
-    });
+    let fake = elsewhere.inside(|| netns::create_tap("dvm1n0"));
     let error = spawn(fake, 2, 1).unwrap_err();
     assert!(error.to_string().contains("another network namespace"), "{error}");
     spawn(copy(&own.tap), 2, 1).unwrap();
     session.release(tenancy);
-}
-
-#[allow(unsafe_code)]
-fn attach(fd: &OwnedFd, name: &str) {
-    use std::os::fd::AsRawFd;
-    // SAFETY: an all-zero ifreq is a valid one.
-    let mut request: nix::libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_flags = (nix::libc::IFF_TAP | nix::libc::IFF_NO_PI | nix::libc::IFF_VNET_HDR) as i16;
-    // SAFETY: TUNSETIFF reads and writes one ifreq.
-    assert_eq!(unsafe { nix::libc::ioctl(fd.as_raw_fd(), nix::libc::TUNSETIFF as _, &raw mut request) }, 0);
 }
 
 #[test]
@@ -566,27 +541,12 @@ fn a_tap_with_several_queues_has_a_descriptor_for_each_and_room_for_no_stranger(
     let tenancy = session.claim("many").tenancy;
     let (opened, fds) = open(&session, OpenTap { queues: Queues::new(4).unwrap(), ..tap_request(tenancy, "p2p", 1) }).unwrap();
     assert_eq!(fds.len(), 4);
-    assert!(ip("-d -o link show dvm0n0").contains("numqueues 4") || ip("-d -o link show dvm0n0").contains("numqueues"), "{opened:?}");
+    let link = ip("-d -o link show dvm0n0");
+    assert!(link.contains("multi_queue numqueues 4") && link.contains("user root"), "{opened:?} {link}");
     // /dev/net/tun is open to everybody, and a tap without an owner to whoever knows its name.
-    let stranger = diarch_tests::wire::as_user(diarch_tests::host::STRANGER, || {
-        let fd = std::fs::File::options().read(true).write(true).open("/dev/net/tun").ok()?;
-        Some(std::panic::catch_unwind(|| attach_queue(&fd.into())).unwrap_or(-1))
-    });
-    assert_ne!(stranger, Some(0), "a stranger got a queue");
-}
-
-#[allow(unsafe_code)]
-fn attach_queue(fd: &OwnedFd) -> i32 {
-    use std::os::fd::AsRawFd;
-    // SAFETY: an all-zero ifreq is a valid one.
-    let mut request: nix::libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip("dvm0n0".bytes()) {
-        *to = from.cast_signed();
-    }
-    let flags = nix::libc::IFF_TAP | nix::libc::IFF_NO_PI | nix::libc::IFF_VNET_HDR | nix::libc::IFF_MULTI_QUEUE;
-    request.ifr_ifru.ifru_flags = flags as i16;
-    // SAFETY: TUNSETIFF reads and writes one ifreq.
-    unsafe { nix::libc::ioctl(fd.as_raw_fd(), nix::libc::TUNSETIFF as _, &raw mut request) }
+    let tun = netns::open_tun();
+    let stranger = diarch_tests::wire::as_user(diarch_tests::host::STRANGER, || netns::attach_tap(&tun, "dvm0n0", nix::libc::IFF_MULTI_QUEUE));
+    assert!(stranger.is_err(), "a stranger got a queue");
 }
 
 #[test]

@@ -128,7 +128,8 @@ pub fn render(cards: &[&Card]) -> String {
         publish(&mut sets, card);
     }
     let mut text = String::from(NOTHING);
-    for line in RULES.lines() {
+    // The comments are for people.
+    for line in RULES.lines().filter(|line| !line.trim_start().starts_with('#')) {
         match line.split_once('%').and_then(|(before, rest)| Some((before, rest.split_once('%')?.0))) {
             Some((_, "ingress")) => ingress(&mut text, cards),
             Some((_, "own_neighbours")) => text += &neighbours,

@@ -45,6 +45,10 @@ const PERSONALITY_QUERY: u64 = 0xffff_ffff;
 /// How a program makes walls of its own, as far as one that we start does.
 const WALLS: [c_long; 4] = [libc::SYS_unshare, libc::SYS_mount, libc::SYS_pivot_root, libc::SYS_umount2];
 
+/// What a tap is, whose, and how long (linux/if_tun.h: TUNSETIFF, TUNSETPERSIST, TUNSETOWNER, TUNSETLINK, TUNSETGROUP; SIOCSIFHWADDR): the driver asks whoever holds
+/// a queue for no right. A bridge takes the tap's own MAC address for the host's, so another's put there takes packets from it.
+const TAP_OWNERS: [u32; 6] = [0x4004_54ca, 0x4004_54cb, 0x4004_54cc, 0x4004_54cd, 0x4004_54ce, 0x8924];
+
 /// Another tree than the one it was given.
 const MOUNTS: &[c_long] = &[
     libc::SYS_mount,
@@ -111,6 +115,8 @@ pub(super) fn program(sandbox: Sandbox, sockets: Sockets) -> Result<BpfProgram, 
     let any_of = |flags: &[i32]| flags.iter().map(|flag| rule(&[has(*flag)?])).collect::<Result<Vec<_>, _>>();
     rules.insert(libc::SYS_clone, any_of(&NAMESPACES)?);
     rules.insert(libc::SYS_unshare, any_of(&[&NAMESPACES[..], &[CLONE_NEWTIME]].concat())?);
+    let told = |request: &u32| rule(&[SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, u64::from(*request))?]);
+    rules.insert(libc::SYS_ioctl, TAP_OWNERS.iter().map(told).collect::<Result<Vec<_>, _>>()?);
     // Another personality makes memory executable that was not meant to be.
     rules.insert(libc::SYS_personality, vec![rule(&[isnt(0, 0)?, isnt(0, PERSONALITY_QUERY)?])?]);
     let families: &[i32] = match sockets {
@@ -252,6 +258,18 @@ mod tests {
                 let refused = outcome(Some(&filter), libc::SYS_socket, [family.into(), stream, 0]) == libc::EPERM;
                 assert_eq!(refused, !open.contains(&family), "{sockets:?}, family {family}");
             }
+        }
+    }
+
+    #[test]
+    fn who_moves_a_taps_frames_can_not_make_it_another_tap() {
+        let filter = program(Sandbox::Ours, Sockets::Unix).unwrap();
+        for request in TAP_OWNERS {
+            assert_eq!(outcome(Some(&filter), libc::SYS_ioctl, [-1, request.into(), 0]), libc::EPERM, "{request:#x}");
+        }
+        // TUNGETIFF and TUNSETOFFLOAD, which QEMU needs.
+        for request in [0x8004_54d2_i64, 0x4004_54d0] {
+            assert_eq!(outcome(Some(&filter), libc::SYS_ioctl, [-1, request, 0]), libc::EBADF, "{request:#x}");
         }
     }
 

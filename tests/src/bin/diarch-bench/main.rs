@@ -8,6 +8,7 @@ mod death;
 mod footprint;
 mod jail;
 mod mounts;
+mod net;
 mod rpc;
 mod start;
 
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
             ("--guest", Some(dir)) => set_guest(&PathBuf::from(dir)),
             ("--only", Some(name)) => only.push(name),
             _ => {
-                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|jail|mounts|death|footprint|booted]...");
+                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|jail|mounts|net|death|footprint|booted]...");
                 return ExitCode::from(2);
             }
         }
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         ("start", start::run),
         ("jail", jail::run),
         ("mounts", mounts::run),
+        ("net", net::run),
         ("death", death::run),
         ("footprint", footprint::run),
         ("booted", booted::run),
