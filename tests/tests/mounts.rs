@@ -4,11 +4,13 @@
 
 use diarch_ipc::Error;
 use diarch_ipc::frame::Outcome;
-use diarch_ipc::name::{Label, ShareName, Tenancy};
-use diarch_ipc::operation::{AttachMount, Claim, DetachMount, MountDetached, Release, Reply, Request};
+use diarch_ipc::name::{Label, ShareName, SocketName, Tenancy};
+use diarch_ipc::operation::{AttachMount, Claim, ConnectSocket, DetachMount, MountDetached, Release, Reply, Request};
 use diarch_ipc::spec::DiskAccess::{self, ReadOnly, ReadWrite};
 use diarch_tests::host::{Host, WORKER, assert_same};
+use diarch_tests::machine::{Machine, SUPERVISOR};
 use diarch_tests::need;
+use diarch_tests::puppet::{self, Puppet};
 use diarch_tests::stand_in::{Ask, Unit};
 use diarch_tests::stepper::{Outcome as Stepped, kill_at_syscall};
 use diarch_tests::wire::{Raw, User, as_user};
@@ -53,17 +55,8 @@ fn granted_with(more: impl FnOnce(&Path) -> String) -> Granted {
 }
 
 impl Granted {
-    fn pidfd(&self) -> OwnedFd {
-        pidfd_open(Pid::from_raw(self.host.supervisor_pid()).unwrap(), PidfdFlags::empty()).unwrap()
-    }
-
-    /// The mounts that the supervisor holds: directories that it opened with `O_PATH` and that are the root of all that is above them.
     fn held(&self) -> Vec<OwnedFd> {
-        let pidfd = self.pidfd();
-        let fds = fs::read_dir(format!("/proc/{}/fd", self.host.supervisor_pid())).unwrap().flatten();
-        let roots = fds.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/")));
-        let copies = roots.filter_map(|fd| pidfd_getfd(&pidfd, fd.file_name().to_str()?.parse().ok()?, PidfdGetfdFlags::empty()).ok());
-        copies.filter(|fd| rustix::fs::fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::PATH))).collect()
+        held(self.host.supervisor_pid())
     }
 
     fn only(&self) -> OwnedFd {
@@ -75,6 +68,15 @@ impl Granted {
     fn stored(&self) -> Vec<String> {
         self.host.manager().unit(Unit::Supervisor).stored
     }
+}
+
+/// The mounts that a supervisor holds: directories that it opened with `O_PATH` and that are the root of all that is above them.
+fn held(supervisor: i32) -> Vec<OwnedFd> {
+    let pidfd = pidfd_open(Pid::from_raw(supervisor).unwrap(), PidfdFlags::empty()).unwrap();
+    let fds = fs::read_dir(format!("/proc/{supervisor}/fd")).unwrap().flatten();
+    let roots = fds.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/")));
+    let copies = roots.filter_map(|fd| pidfd_getfd(&pidfd, fd.file_name().to_str()?.parse().ok()?, PidfdGetfdFlags::empty()).ok());
+    copies.filter(|fd| rustix::fs::fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::PATH))).collect()
 }
 
 fn claim(raw: &mut Raw, label: &str) -> Tenancy {
@@ -713,4 +715,56 @@ fn an_attach_killed_at_every_step_leaves_ledger_and_kernel_equal() {
 fn a_detach_killed_at_every_step_leaves_ledger_and_kernel_equal() {
     need!(Root, Kernel(6, 5));
     stepped("scratch", ReadWrite, Change::Detach);
+}
+
+// ---- under a real systemd ----
+
+/// In its unit the supervisor sees the host read-only and a part of it not at all; and systemd keeps what it gave it, over whatever becomes of it.
+#[test]
+fn systemd_keeps_mounts_over_a_kill_a_restart_and_a_stop() {
+    need!(Machine, Package);
+    let grants = "[mounts.work]\ndirectory = \"/srv/work\"\nwrite = true\n[mounts.hidden]\ndirectory = \"/home/shared\"\n[mounts.scratch]\ntmpfs_mib = 1\nwrite = true\n\
+        [sockets.private]\npath = \"/run/dbus/system_bus_socket\"\n";
+    let machine = Machine::installed().grants_more(grants).file("/srv/work/file", "in work\n").file("/home/shared/file", "hidden\n").boot();
+    let puppet = Puppet::instead_of_the_worker(&machine);
+    let tenancy = puppet.claim("web");
+    let attach = |share: &str, access| Request::MountAttach(AttachMount { tenancy, share: ShareName::new(share).unwrap(), access });
+    let stored = || machine.show(SUPERVISOR, "NFileDescriptorStore");
+    let supervisor = || machine.host_pid(machine.wait_for("the supervisor", Duration::from_secs(30), || machine.pid_of_unit(SUPERVISOR))).unwrap();
+    puppet.ask(&attach("work", ReadWrite));
+    puppet.ask(&attach("scratch", ReadWrite));
+    let hidden = puppet.try_ask(&attach("hidden", ReadOnly)).unwrap_err()["text"].as_str().unwrap().to_owned();
+    assert!(hidden.contains("/home") && hidden.contains("(its unit hides /home, /root and /tmp from it)"), "{hidden}");
+    let connected = puppet.answer(puppet.send(&Request::SocketConnect(ConnectSocket { socket: SocketName::new("private").unwrap() })));
+    assert_eq!(connected["fds"], 1, "{connected}");
+
+    let scratch = |mounts: Vec<OwnedFd>| mounts.into_iter().find(|mount| at(mount, "file", OFlags::RDONLY).is_err()).expect("the tmpfs");
+    let work = |mounts: Vec<OwnedFd>| mounts.into_iter().find(|mount| at(mount, "file", OFlags::RDONLY).is_ok()).expect("the directory");
+    at(&scratch(held(supervisor())), "key", OFlags::WRONLY | OFlags::CREATE).unwrap().write_all(b"s3cret").unwrap();
+    at(&work(held(supervisor())), "new", OFlags::WRONLY | OFlags::CREATE).unwrap().write_all(b"by the guest").unwrap();
+    assert_eq!(machine.read("/srv/work/new"), "by the guest", "read-write, though the unit sees /srv read-only");
+
+    for how in [
+        "systemctl kill -s KILL diarch-supervisor",
+        "systemctl restart diarch-supervisor",
+        "systemctl stop diarch-supervisor.socket diarch-supervisor; systemctl start diarch-supervisor",
+        "systemctl daemon-reexec",
+    ] {
+        let before = machine.main_process(SUPERVISOR);
+        machine.sh(how);
+        if !how.ends_with("reexec") {
+            machine.wait_for("another supervisor", Duration::from_secs(30), || machine.main_process(SUPERVISOR).filter(|now| before.as_ref() != Some(now)));
+        }
+        machine.wait_active(SUPERVISOR, Duration::from_secs(30));
+        puppet.ask(&attach("scratch", ReadWrite));
+        let mounts = held(supervisor());
+        assert_eq!((mounts.len(), stored().as_str()), (2, "2"), "after {how}");
+        assert_eq!(text(&scratch(mounts), "key"), "s3cret", "after {how}");
+    }
+    puppet.ask(&Request::MountDetach(DetachMount { tenancy, share: ShareName::new("scratch").unwrap() }));
+    machine.wait_for("systemd lets go of it", Duration::from_secs(10), || (stored() == "1").then_some(()));
+    puppet.ask(&puppet::release(tenancy));
+    machine.wait_for("and of all", Duration::from_secs(10), || (stored() == "0").then_some(()));
+    assert!(held(supervisor()).is_empty());
+    puppet.give_back();
 }
