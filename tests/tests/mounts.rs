@@ -527,6 +527,15 @@ fn a_directory_that_somebody_else_could_swap_is_refused() {
     assert!(granted.held().is_empty());
 }
 
+/// Ends the swapper, also when the test fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A directory on the way is a link to somewhere else half of the time: each attach has the right directory, or none.
 #[test]
 fn a_swapper_never_leads_a_mount_astray() {
@@ -549,6 +558,7 @@ fn a_swapper_never_leads_a_mount_astray() {
                 rustix::fs::renameat_with(rustix::fs::CWD, &way, rustix::fs::CWD, &turn, rustix::fs::RenameFlags::EXCHANGE).unwrap();
             }
         });
+        let _ends = Ends(&stop);
         let (mut right, mut refused) = (0, 0);
         for _ in 0..2000 {
             match attach(&mut raw, tenancy, "swapped", ReadOnly) {
@@ -565,7 +575,6 @@ fn a_swapper_never_leads_a_mount_astray() {
                 }
             }
         }
-        stop.store(true, Ordering::Relaxed);
         assert!(right > 100 && refused > 100, "the swapper did not swap: {right} went well, {refused} were refused");
     });
     assert_same(&before, &granted.host);

@@ -180,6 +180,15 @@ fn a_service_that_does_not_accept_is_waited_for_a_moment_and_holds_nobody_up() {
     drop(first);
 }
 
+/// Ends the swapper, also when the test fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// The directory on the way, and then the socket itself, are somebody else's half of the time: each connection is to the right service, or there is none.
 #[test]
 fn a_swapper_never_leads_a_connection_astray() {
@@ -207,6 +216,7 @@ fn a_swapper_never_leads_a_connection_astray() {
                     rustix::fs::renameat_with(rustix::fs::CWD, &one, rustix::fs::CWD, &other, rustix::fs::RenameFlags::EXCHANGE).unwrap();
                 }
             });
+            let _ends = Ends(&stop);
             let (mut connected, mut refused) = (0, 0);
             for _ in 0..2000 {
                 match connect(&mut raw, "service") {
@@ -220,7 +230,6 @@ fn a_swapper_never_leads_a_connection_astray() {
                     }
                 }
             }
-            stop.store(true, Ordering::Relaxed);
             assert!(connected > 100 && refused > 100, "the swapper did not swap: {connected} connected, {refused} refused");
             assert!(decoy.accept().is_err(), "somebody came to the decoy");
         });
