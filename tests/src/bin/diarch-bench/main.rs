@@ -41,7 +41,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     type Part = (&'static str, fn());
-    let parts: [Part; 7] = [
+    let parts: [Part; 8] = [
         ("rpc", rpc::run),
         ("start", start::run),
         ("jail", jail::run),
