@@ -594,6 +594,8 @@ fn mounts_and_what_is_in_them_survive_the_supervisor() {
     for share in ["work", "erofs", "squashfs"] {
         attach(&mut raw, tenancy, share, ReadOnly).unwrap();
     }
+    // A connection of ours would not outlive the supervisor.
+    drop(raw);
     let before = granted.host.inventory();
     let ledger = granted.host.ledger();
     for _ in 0..3 {
