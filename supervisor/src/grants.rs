@@ -269,6 +269,9 @@ impl Grants {
             return refuse("nft.path", format!("{} is not an absolute path", self.nft.path.display()));
         }
         mounts::check(&self.mounts, &self.sockets)?;
+        if self.devices.step_seconds == 0 {
+            return refuse("devices.step_seconds", "no step takes no time; 20 is the default".into());
+        }
         let limits = &self.limits;
         for (field, value) in [
             ("limits.read_per_second", limits.read_per_second),

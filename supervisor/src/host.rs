@@ -1,33 +1,63 @@
-//! The host that is acted on: the real one, or a stage (a rehearsal).
+//! The host that is acted on: the real one, or a stage (a rehearsal, a test).
 //!
 //! Everything that reads or writes the host's sysfs, procfs or device nodes takes their places from here, so that vetting, ledger and audit are the same over a
-//! fixture tree as over a kernel. On a stage, what can't be done by an ordinary user is said instead of done, and goes into the audit.
+//! fixture tree as over a kernel. Nothing outside such a tree is reached through it: every path is opened below the tree's root (`openat2` with `BENEATH`),
+//! wherever the links on the way point. (sysfs is made of links, and all of them stay within it.) On a stage, what can't be done by an ordinary user is said
+//! instead of done, and goes into the audit.
 
 use crate::vm::jail::Walls;
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::ops::Deref;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// What a stage's root has in it, so that no real directory is taken for one.
+pub const STAGE_MARKER: &str = ".diarch-stage";
+/// A file of sysfs has a page; a list of mounts may be long. More than this is nobody's host.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// A way that was disturbed is tried again; on a host where things are mounted all the time it may be disturbed more than once.
+const TRIES: u32 = 100;
 
 /// Where the kernel shows itself, and who we are to it.
 #[derive(Debug)]
 pub struct Host {
-    sysfs: PathBuf,
-    procfs: PathBuf,
-    dev: PathBuf,
+    sysfs: Tree,
+    procfs: Tree,
+    dev: Tree,
+    run: Tree,
+    staged: bool,
     /// Root, or who rehearses.
     owner: u32,
-    /// None: it is the real one.
+    /// None: what needs root is done.
     said: Option<Mutex<Vec<String>>>,
 }
 
 impl Host {
     /// The machine that this runs on.
     pub fn real() -> Self {
-        Self { sysfs: "/sys".into(), procfs: "/proc".into(), dev: "/dev".into(), owner: 0, said: None }
+        Self::at(Path::new("/"), false)
     }
 
-    /// A tree with the same shape under `root`: `root/sys`, `root/proc`, `root/dev`.
+    /// A tree with the same shape under `root`: `root/sys`, `root/proc`, `root/dev`, `root/run`.
     pub fn staged(root: &Path) -> Self {
-        Self { sysfs: root.join("sys"), procfs: root.join("proc"), dev: root.join("dev"), ..Self::real() }
+        Self::at(root, true)
+    }
+
+    fn at(root: &Path, staged: bool) -> Self {
+        let tree = |name: &str| Tree::at(root.join(name));
+        Self { sysfs: tree("sys"), procfs: tree("proc"), dev: tree("dev"), run: tree("run"), staged, owner: 0, said: None }
+    }
+
+    /// As [`Host::staged`], for a root that root names: it must say of itself that it is a stage.
+    pub fn marked_stage(root: &Path) -> io::Result<Self> {
+        match std::fs::symlink_metadata(root.join(STAGE_MARKER)) {
+            Ok(marker) if marker.is_file() => Ok(Self::staged(&root.canonicalize()?)),
+            _ => Err(io::Error::other(format!("{} has no file {STAGE_MARKER}: it is not a stage, and nothing there is touched", root.display()))),
+        }
     }
 
     /// As [`Host::staged`], for an ordinary user who rehearses.
@@ -35,16 +65,26 @@ impl Host {
         Self { owner: rustix::process::geteuid().as_raw(), said: Some(Mutex::default()), ..Self::staged(root) }
     }
 
-    pub fn sysfs(&self) -> &Path {
+    /// Whether this is a stage and not a machine.
+    pub fn is_staged(&self) -> bool {
+        self.staged
+    }
+
+    pub fn sysfs(&self) -> &Tree {
         &self.sysfs
     }
 
-    pub fn procfs(&self) -> &Path {
+    pub fn procfs(&self) -> &Tree {
         &self.procfs
     }
 
-    pub fn dev(&self) -> &Path {
+    pub fn dev(&self) -> &Tree {
         &self.dev
+    }
+
+    /// For udev's records, `run/udev`.
+    pub fn run(&self) -> &Tree {
+        &self.run
     }
 
     /// Who must own what is trusted because of its owner: grants, programs.
@@ -81,5 +121,188 @@ impl Host {
     /// What was said since this was last asked.
     pub fn take_said(&self) -> Vec<String> {
         self.said.as_ref().map_or_else(Vec::new, |said| std::mem::take(&mut *said.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+}
+
+/// One of the kernel's trees.
+#[derive(Debug)]
+pub struct Tree {
+    path: PathBuf,
+    root: OnceLock<OwnedFd>,
+}
+
+impl Deref for Tree {
+    type Target = Path;
+    fn deref(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Tree {
+    /// Opened now, if it is there, so that the first look costs no descriptor that later ones don't.
+    fn at(path: impl Into<PathBuf>) -> Self {
+        let tree = Self { path: path.into(), root: OnceLock::new() };
+        let _ = tree.root();
+        tree
+    }
+
+    fn root(&self) -> io::Result<&OwnedFd> {
+        if let Some(root) = self.root.get() {
+            return Ok(root);
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat(CWD, &self.path, flags, Mode::empty())?;
+        Ok(self.root.get_or_init(|| opened))
+    }
+
+    /// Opens what is below the root, whatever links lead there.
+    pub fn open(&self, below: &str, flags: OFlags) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        // With O_PATH, openat2 takes no flag that means nothing.
+        let flags = if flags.contains(OFlags::PATH) { flags } else { flags | OFlags::NOCTTY };
+        let below = if below.is_empty() { "." } else { below };
+        for _ in 1..TRIES {
+            match rustix::fs::openat2(self.root()?, below, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
+                // Something was renamed or mounted, anywhere, while a `..` was followed.
+                Err(rustix::io::Errno::AGAIN) => {}
+                other => return Ok(other?),
+            }
+        }
+        Ok(rustix::fs::openat2(self.root()?, below, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
+    }
+
+    /// A file's content.
+    pub fn read(&self, below: &str) -> io::Result<Vec<u8>> {
+        let mut content = Vec::new();
+        File::from(self.open(below, OFlags::RDONLY)?).take(MAX_BYTES).read_to_end(&mut content)?;
+        Ok(content)
+    }
+
+    /// The first `count` bytes of a file: of a device's config space, each further one is a cycle on its bus.
+    pub fn read_start(&self, below: &str, count: usize) -> io::Result<Vec<u8>> {
+        let mut content = vec![0; count];
+        let got = rustix::io::pread(&self.open(below, OFlags::RDONLY)?, &mut content, 0)?;
+        content.truncate(got);
+        Ok(content)
+    }
+
+    /// A file's text without the line break at its end.
+    pub fn text(&self, below: &str) -> io::Result<String> {
+        Ok(String::from_utf8_lossy(&self.read(below)?).trim_end().to_owned())
+    }
+
+    /// Writes a file that is there, in one go, as the kernel wants it.
+    pub fn write(&self, below: &str, text: &str) -> io::Result<()> {
+        File::from(self.open(below, OFlags::WRONLY | OFlags::TRUNC)?).write_all(text.as_bytes())
+    }
+
+    /// The names in a directory, in order, each with what it is. (Names that are not UTF-8 are none of the kernel's.)
+    pub fn entries(&self, below: &str) -> io::Result<Vec<(String, FileType)>> {
+        let mut names = Vec::new();
+        for entry in Dir::read_from(self.open(below, OFlags::RDONLY | OFlags::DIRECTORY)?)? {
+            let entry = entry?;
+            if let Ok(name) = entry.file_name().to_str()
+                && name != "."
+                && name != ".."
+            {
+                names.push((name.to_owned(), entry.file_type()));
+            }
+        }
+        names.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(names)
+    }
+
+    pub fn names(&self, below: &str) -> io::Result<Vec<String>> {
+        Ok(self.entries(below)?.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// What a link says. It is not followed.
+    pub fn link(&self, below: &str) -> io::Result<String> {
+        let link = self.open(below, OFlags::PATH | OFlags::NOFOLLOW)?;
+        // On a file that is no link: ENOENT (readlinkat(2), for an empty path).
+        Ok(rustix::fs::readlinkat(&link, c"", Vec::new())?.to_string_lossy().into_owned())
+    }
+
+    /// The last part of what a link says: in sysfs, the name of what it leads to.
+    pub fn link_name(&self, below: &str) -> io::Result<String> {
+        let link = self.link(below)?;
+        Ok(link.rsplit('/').next().unwrap_or_default().to_owned())
+    }
+
+    /// Where a path leads to, below the root and free of links.
+    pub fn resolve(&self, below: &str) -> io::Result<String> {
+        let name = |fd: &OwnedFd| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        let (found, root) = (name(&self.open(below, OFlags::PATH)?)?, name(self.root()?)?);
+        match found.strip_prefix(&root).ok().and_then(Path::to_str) {
+            Some(path) => Ok(path.to_owned()),
+            None => Err(io::Error::other(format!("{below} leads out of {}", self.path.display()))),
+        }
+    }
+
+    /// The type of what is there; nothing is opened by it but the name.
+    pub fn file_type(&self, below: &str) -> io::Result<FileType> {
+        let found = self.open(below, OFlags::PATH | OFlags::NOFOLLOW)?;
+        Ok(FileType::from_raw_mode(rustix::fs::statat(&found, c"", AtFlags::EMPTY_PATH)?.st_mode))
+    }
+
+    pub fn exists(&self, below: &str) -> io::Result<bool> {
+        Ok(there(self.open(below, OFlags::PATH | OFlags::NOFOLLOW))?.is_some())
+    }
+}
+
+/// `None` for what is not there, or not any more. Every other error stays one: "can't look" is not "is not there".
+pub fn there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    use nix::libc::{ENODEV, ENOENT, ENOTDIR, ESRCH};
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.raw_os_error(), Some(ENOENT | ENODEV | ENOTDIR | ESRCH)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn nothing_outside_of_a_stage_is_reached_through_it() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("sys/devices/a")).unwrap();
+        std::fs::write(dir.path().join("secret"), "x").unwrap();
+        std::fs::write(dir.path().join("sys/devices/a/vendor"), "0x10de\n").unwrap();
+        let sys = dir.path().join("sys");
+        symlink("devices/a", sys.join("inside")).unwrap();
+        symlink("../secret", sys.join("outside")).unwrap();
+        symlink("/etc", sys.join("absolute")).unwrap();
+        let host = Host::staged(dir.path());
+        assert_eq!(host.sysfs().text("inside/vendor").unwrap(), "0x10de");
+        assert_eq!(host.sysfs().resolve("inside").unwrap(), "devices/a");
+        assert_eq!(host.sysfs().link("outside").unwrap(), "../secret", "a link can be looked at");
+        for way in ["outside", "absolute/passwd", "../secret", "/etc/passwd", "inside/../../../secret"] {
+            assert_eq!(host.sysfs().read(way).unwrap_err().raw_os_error(), Some(nix::libc::EXDEV), "{way}");
+            host.sysfs().write(way, "y").unwrap_err();
+        }
+        assert_eq!(std::fs::read_to_string(dir.path().join("secret")).unwrap(), "x");
+    }
+
+    #[test]
+    fn a_directory_that_is_not_marked_is_no_stage() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Host::marked_stage(dir.path()).unwrap_err().to_string().contains("not a stage"));
+        assert!(Host::marked_stage(Path::new("/")).is_err());
+        std::fs::write(dir.path().join(STAGE_MARKER), "").unwrap();
+        assert!(Host::marked_stage(dir.path()).unwrap().is_staged());
+    }
+
+    #[test]
+    fn what_is_not_there_is_told_from_what_can_not_be_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("sys/loop")).unwrap();
+        symlink("loop", dir.path().join("sys/loop/loop")).unwrap();
+        symlink("a", dir.path().join("sys/a")).unwrap();
+        let host = Host::staged(dir.path());
+        assert!(there(host.sysfs().read("nothing")).unwrap().is_none());
+        there(host.sysfs().read("a")).unwrap_err();
     }
 }

@@ -219,7 +219,7 @@ fn write_record(directory: &Path, record: &Record) -> io::Result<()> {
 }
 
 /// A reader finds the old content or the new, and never a part.
-fn write_whole(directory: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+pub(crate) fn write_whole(directory: &Path, name: &str, content: &[u8]) -> io::Result<()> {
     let new = directory.join(format!("{name}.new"));
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(content)?;

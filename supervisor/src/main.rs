@@ -57,6 +57,7 @@ fn parse() -> Result<Command, lexopt::Error> {
         audit: audit::DEFAULT_PATH.into(),
         socket: PathBuf::new(),
         rehearse: None,
+        host_root: None,
     };
     let mut word: Option<OsString> = None;
     let mut file: Option<PathBuf> = None;
@@ -68,6 +69,7 @@ fn parse() -> Result<Command, lexopt::Error> {
             Long("audit") => settings.audit = args.value()?.into(),
             Long("socket") => settings.socket = args.value()?.into(),
             Long("rehearse") => settings.rehearse = Some(args.value()?.into()),
+            Long("host-root") => settings.host_root = Some(args.value()?.into()),
             Long("format") => {
                 format = match args.value()?.to_str() {
                     Some("table") => Format::Table,

@@ -15,7 +15,7 @@ use crate::listen::{Inherited, Stored};
 use crate::server::Server;
 use crate::state::Supervisor;
 use crate::vm::adopt::Findings;
-use crate::{listen, mount, net, privilege, vm};
+use crate::{listen, mount, net, privilege, vfio, vm};
 use diarch_ipc::operation::KvmVerdict;
 use diarch_ipc::peer::Expected;
 use sd_notify::NotifyState;
@@ -37,6 +37,8 @@ pub struct Settings {
     pub socket: PathBuf,
     /// The host's place is taken by this directory, and nothing is done that needs root.
     pub rehearse: Option<PathBuf>,
+    /// A stage to act on in place of this machine.
+    pub host_root: Option<PathBuf>,
 }
 
 /// Why the supervisor does not start, in one sentence.
@@ -50,6 +52,8 @@ pub enum StartError {
     Kernel(String),
     #[error("the grants are refused: {0}")]
     Grants(#[from] crate::grants::GrantsError),
+    #[error("--host-root: {0}")]
+    NoStage(std::io::Error),
     #[error("/proc hides other users' processes from the supervisor (mount options hidepid= and gid=): remount it with gid=0")]
     HiddenProc,
     #[error("{step}: {error}")]
@@ -63,7 +67,10 @@ fn at(step: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
 /// Runs until SIGTERM or SIGINT.
 pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> {
     let host = match (&settings.rehearse, rustix::process::geteuid().is_root()) {
-        (None, true) => Host::real(),
+        (None, true) => match &settings.host_root {
+            Some(root) => Host::marked_stage(root).map_err(StartError::NoStage)?,
+            None => Host::real(),
+        },
         (Some(stage), false) => Host::rehearsed(stage),
         (None, false) => return Err(StartError::NotRoot),
         (Some(_), true) => return Err(StartError::RootRehearses),
@@ -79,6 +86,7 @@ pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> 
     };
     let audit = Audit::open(&settings.audit).map_err(at("the audit"))?;
     let ledger = Ledger::open(&settings.run_dir).map_err(at("the ledger"))?;
+    let devices = vfio::Devices::open(&settings.run_dir).map_err(at("the devices' records"))?;
     if host.is_rehearsed() {
         privilege::confine().map_err(at("giving up privileges"))?;
     } else {
@@ -99,6 +107,7 @@ pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> 
         ledger,
         helpers: Helpers::default(),
         host: Arc::new(host),
+        devices,
         sessions: crate::session::Sessions::default(),
         hashes: crate::qemu::HashCache::default(),
         qemu_grants,
@@ -141,6 +150,7 @@ async fn serve(supervisor: Rc<Supervisor>, findings: Findings, stored: Vec<Store
     vm::adopt::adopt(&supervisor, findings.found);
     mount::adopt::adopt(&supervisor, stored);
     net::adopt(&supervisor).await;
+    vfio::adopt::begin(&supervisor);
 
     let door = listen::path(&socket).map_err(at("the socket"))?;
     let listener = listen::listener(socket).map_err(at("the socket"))?;

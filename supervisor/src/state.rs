@@ -8,6 +8,7 @@ use crate::ledger::{Ledger, Record};
 use crate::limiter::Limiter;
 use crate::qemu::HashCache;
 use crate::session::Sessions;
+use crate::vfio::Devices;
 use diarch_ipc::Error;
 use diarch_ipc::name::{RequestId, ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{Event, KvmVerdict, Operation, Reply, Request, SlotState};
@@ -25,6 +26,7 @@ pub struct Supervisor {
     pub ledger: Ledger,
     pub helpers: Helpers,
     pub host: Arc<Host>,
+    pub devices: Devices,
     pub sessions: Sessions,
     pub hashes: HashCache,
     pub qemu_grants: Vec<diarch_ipc::operation::QemuGrant>,
@@ -210,6 +212,7 @@ mod tests {
             ledger: Ledger::open(directory).unwrap(),
             helpers: Helpers::default(),
             host: Arc::new(Host::real()),
+            devices: Devices::open(directory).unwrap(),
             sessions: Sessions::default(),
             hashes: HashCache::default(),
             qemu_grants: Vec::new(),

@@ -4,8 +4,8 @@
 pub const HELP: &str = "\
 diarch-supervisor: the privileged half of Diarch
 
-  diarch-supervisor [run] [--grants FILE] [--run-dir DIR] [--audit FILE] [--socket PATH]
-      Serve, on the socket that systemd passes on or on PATH (default: DIR/supervisor.sock). Needs root.
+  diarch-supervisor [run] [--grants FILE] [--run-dir DIR] [--audit FILE] [--socket PATH] [--host-root STAGE]
+      Serve, on the socket that systemd passes on or on PATH (default: DIR/supervisor.sock). Needs root. With STAGE, devices are a fixture's and not this machine's.
   diarch-supervisor --rehearse STAGE --grants FILE --run-dir DIR --audit FILE
       As an ordinary user: serve over the host that STAGE/sys, STAGE/proc and STAGE/dev show, and say in the audit what only root can do.
   diarch-supervisor operations [--format table|json|markdown]

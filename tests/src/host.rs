@@ -129,6 +129,8 @@ pub struct Builder {
     pub run_tmpfs_kib: Option<u32>,
     /// Shell text that runs in the supervisor's process before it becomes the supervisor; `$host` is the host's directory.
     pub prelude: Option<String>,
+    /// A stage (`stage`) whose devices the supervisor takes for the machine's.
+    pub host_root: Option<PathBuf>,
     pub restart_pauses_ms: Vec<u64>,
     pub patience_ms: u64,
     pub start_limit: StartLimit,
@@ -156,6 +158,7 @@ impl Host {
             audit_tmpfs_kib: None,
             run_tmpfs_kib: None,
             prelude: None,
+            host_root: None,
             restart_pauses_ms: vec![300, 600, 1200],
             patience_ms: 300,
             // Tests kill more often than any operator; the limit has a test of its own.
@@ -187,6 +190,11 @@ impl Builder {
     }
     pub fn grants(mut self, lines: &str) -> Self {
         self.grants_more.push_str(lines);
+        self
+    }
+    /// The devices are those of a stage.
+    pub fn on_stage(mut self, stage: &crate::stage::Stage) -> Self {
+        self.host_root = Some(stage.root().to_owned());
         self
     }
     /// A VM file `NAME.json` that is there from the start.
@@ -274,6 +282,9 @@ impl Builder {
         let argv = |words: &[&str]| -> Vec<String> { words.iter().map(|w| (*w).to_owned()).collect() };
         let (grants, run, audit) = (text(&at("grants.toml")), text(&at("run")), text(&at("audit/audit.jsonl")));
         let mut supervisor: Vec<String> = argv(&[&text(&usable("diarch-supervisor")), "run", "--grants", &grants, "--run-dir", &run, "--audit", &audit]);
+        if let Some(root) = &self.host_root {
+            supervisor.extend(["--host-root".to_owned(), text(root)]);
+        }
         if let Some(prelude) = &self.prelude {
             let script = format!("host='{}'\n{prelude}\nexec \"$0\" \"$@\"", dir.path().display());
             supervisor.splice(0..0, argv(&["/bin/sh", "-c", &script]));

@@ -19,6 +19,7 @@
 //! | `lab`      | a Debian on an emulated machine, with devices to pass on and KVM                            |
 //! | `puppet`   | a worker without a will, in the worker's unit: asks what the test tells it to ask           |
 //! | `netns`    | networks of a test's own, and guests that are played by the test                            |
+//! | `stage`    | a host's devices as a tree of files, and somebody who plays the kernel in it                |
 //! | `wire`     | connections under another user id, and frames that no honest worker sends                   |
 //! | `chaos`    | random operations and random deaths, and three accounts of the host compared after each round |
 //! | `stepper`  | kills a process at one chosen system call                                                   |
@@ -30,6 +31,7 @@ pub mod machine;
 pub mod need;
 pub mod netns;
 pub mod puppet;
+pub mod stage;
 pub mod stand_in;
 pub mod stepper;
 pub mod wire;

@@ -4,10 +4,19 @@ use diarch_ipc::name::Bdf;
 use serde::{Deserialize, Deserializer};
 
 /// What may be taken from the host. The host's own disk and network are never in it, whatever is written here (`vfio`).
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Devices {
     pub allow: Vec<DeviceGrant>,
+    /// How long one step (a driver that lets go of a function, say) may take before the device is quarantined.
+    pub step_seconds: u32,
+}
+
+impl Default for Devices {
+    fn default() -> Self {
+        // A GPU's driver takes some seconds over it; the longest seen were below ten.
+        Self { allow: Vec::new(), step_seconds: 20 }
+    }
 }
 
 /// `"0000:65:00.0"` (one function), `"10de:2330"` (vendor and device), or `"class:0302"` (class and subclass).

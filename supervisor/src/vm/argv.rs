@@ -6,6 +6,7 @@
 //!
 //! Checked against QEMU 7.2 (Debian 12) and 10.0 (Debian 13).
 
+use crate::vfio::Passed;
 use diarch_ipc::name::{Forward, Label, Slot};
 use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskAccess, DiskFormat, Egress, FdRole, Nic, Presence, VmSpec};
 use serde_json::json;
@@ -22,8 +23,22 @@ pub fn process_name(slot: Slot) -> String {
     format!("diarch-vm-{slot}")
 }
 
+/// What a VM is given besides its specification.
+#[derive(Debug, Clone, Copy)]
+pub struct Beside<'a> {
+    /// A descriptor of `/dev/vhost-net` for each queue of a tap.
+    pub vhost: Presence,
+    pub devices: &'a [Passed],
+}
+
+impl Default for Beside<'_> {
+    fn default() -> Self {
+        Self { vhost: Presence::Absent, devices: &[] }
+    }
+}
+
 /// The whole vector, `argv[0]` included.
-pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, vhost: Presence) -> Vec<String> {
+pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, beside: &Beside<'_>) -> Vec<String> {
     let mut argv: Vec<String> = Vec::with_capacity(64);
     let mut push = |args: &[&str]| argv.extend(args.iter().map(|a| (*a).to_owned()));
 
@@ -86,10 +101,17 @@ pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, vhost: Pr
                     // One for each direction of each queue, one for the control queue, one for changes of the configuration.
                     card["vectors"] = (2 * queues.get() + 2).into();
                 }
-                tap(n, spec, vhost)
+                tap(n, spec, beside.vhost)
             }
         };
         push(&["-netdev", &backend, "-device", &card.to_string()]);
+    }
+    for argument in passed(beside.devices) {
+        push(&["-device", &argument.to_string()]);
+    }
+    if let Some(window) = mmio_window_mib(beside.devices) {
+        // OVMF reads this name, and no other; SeaBIOS sizes the window by itself.
+        push(&["-fw_cfg", &format!("name=opt/ovmf/X-PciMmio64Mb,string={window}")]);
     }
     argv
 }
@@ -110,6 +132,43 @@ fn tap(n: usize, spec: &VmSpec, vhost: Presence) -> String {
 
 fn first_vhost_fd(spec: &VmSpec) -> i32 {
     files(spec).last().map_or(FIRST_FILE_FD, |(_, fd)| fd + 1)
+}
+
+/// A root port for each device (what `lspci` shows as one BUS:DEVICE), and its functions behind it, each at its own number: a GPU's driver looks for its audio
+/// function beside it. QEMU finds a function by its directory in sysfs, which is all of sysfs that it can see.
+fn passed(devices: &[Passed]) -> Vec<serde_json::Value> {
+    let mut slots: Vec<(&str, Vec<&Passed>)> = Vec::new();
+    for device in devices {
+        let (place, _) = device.function.as_str().split_once('.').unwrap_or_default();
+        match slots.iter_mut().find(|(known, _)| *known == place) {
+            Some((_, functions)) => functions.push(device),
+            None => slots.push((place, vec![device])),
+        }
+    }
+    let mut arguments = Vec::new();
+    for (port, (_, mut functions)) in slots.into_iter().enumerate() {
+        // Chassis and slot number the port for the guest's hotplug; each pair is there once.
+        arguments.push(json!({"driver": "pcie-root-port", "id": format!("port{port}"), "bus": "pcie.0", "chassis": port + 1, "slot": port + 1}));
+        functions.sort_by(|a, b| a.function.cmp(&b.function));
+        let several = functions.len() > 1;
+        for (n, device) in functions.into_iter().enumerate() {
+            // Without its function 0 nobody looks for the others.
+            let mut argument = json!({"driver": "vfio-pci", "id": format!("device{port}.{n}"), "bus": format!("port{port}"), "addr": format!("0.{n}"), "sysfsdev": format!("/sys/{}", device.path)});
+            if several && n == 0 {
+                argument["multifunction"] = true.into();
+            }
+            arguments.push(argument);
+        }
+    }
+    arguments
+}
+
+/// What the firmware must leave free above 4 GiB: twice what the BARs take, as each lies at a multiple of its size. Below 32 GiB OVMF does so unasked.
+fn mmio_window_mib(devices: &[Passed]) -> Option<u64> {
+    const UNASKED_MIB: u64 = 32 * 1024;
+    let shown = devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.mmio_mib));
+    let window = shown.saturating_mul(2).checked_next_power_of_two()?;
+    (window > UNASKED_MIB).then_some(window)
 }
 
 fn netdev(n: usize, nic: &Nic) -> String {
@@ -149,6 +208,9 @@ mod tests {
         });
         VmSpec { shares: Vec::new(), ..spawn.unwrap().spec }
     }
+    fn device(function: &str, group: u32, mmio_mib: u64) -> Passed {
+        Passed { function: diarch_ipc::name::Bdf::new(function).unwrap(), group, path: format!("devices/pci0000:00/{function}"), mmio_mib }
+    }
     fn label() -> Label {
         Label::new("web").unwrap()
     }
@@ -161,7 +223,7 @@ mod tests {
 
     #[test]
     fn the_example_renders_as_it_should() {
-        let argv = render("/usr/bin/qemu-system-x86_64", slot(), &label(), &example(), Presence::Absent);
+        let argv = render("/usr/bin/qemu-system-x86_64", slot(), &label(), &example(), &Beside::default());
         assert_eq!(after(&argv, "-kernel"), ["/proc/self/fd/6"]);
         assert_eq!(after(&argv, "-initrd"), ["/proc/self/fd/7"]);
         assert_eq!(after(&argv, "-append"), ["console=ttyS0"]);
@@ -181,7 +243,7 @@ mod tests {
         let card = |queues: u64| Nic { backend: Backend::Tap { queues: diarch_ipc::name::Queues::new(queues).unwrap() }, ..example().nics[0].clone() };
         spec.nics = vec![card(1), example().nics[0].clone(), card(2)];
         for vhost in [Presence::Absent, Presence::Given] {
-            let argv = render("q", slot(), &label(), &spec, vhost);
+            let argv = render("q", slot(), &label(), &spec, &Beside { vhost, ..Beside::default() });
             let nets: Vec<serde_json::Value> = after(&argv, "-netdev").iter().map(|text| serde_json::from_str(text).unwrap()).collect();
             let first: i32 = nets[0]["fds"].as_str().unwrap().parse().unwrap();
             assert_eq!((nets[0]["type"].as_str(), nets[1]["type"].as_str()), (Some("tap"), Some("user")));
@@ -199,10 +261,25 @@ mod tests {
     }
 
     #[test]
+    fn each_device_has_a_port_of_its_own_and_its_functions_behind_it() {
+        let devices = [device("0000:65:00.0", 12, 131_088), device("0000:17:00.1", 9, 1), device("0000:65:00.1", 12, 1)];
+        let argv = render("q", slot(), &label(), &example(), &Beside { devices: &devices, ..Beside::default() });
+        let all: Vec<serde_json::Value> = after(&argv, "-device").iter().filter_map(|text| serde_json::from_str(text).ok()).collect();
+        let of = |driver: &str| all.iter().filter(|device| device["driver"] == driver).cloned().collect::<Vec<_>>();
+        assert_eq!(of("pcie-root-port").len(), 2);
+        let seen: Vec<_> = of("vfio-pci").iter().map(|d| (d["bus"].clone(), d["addr"].clone(), d["multifunction"].clone(), d["sysfsdev"].clone())).collect();
+        assert_eq!(seen[0], ("port0".into(), "0.0".into(), true.into(), "/sys/devices/pci0000:00/0000:65:00.0".into()));
+        assert_eq!(seen[1], ("port0".into(), "0.1".into(), serde_json::Value::Null, "/sys/devices/pci0000:00/0000:65:00.1".into()));
+        assert_eq!(seen[2], ("port1".into(), "0.0".into(), serde_json::Value::Null, "/sys/devices/pci0000:00/0000:17:00.1".into()), "one alone is function 0");
+        assert_eq!(after(&argv, "-fw_cfg"), ["name=opt/ovmf/X-PciMmio64Mb,string=524288"]);
+        assert!(after(&render("q", slot(), &label(), &example(), &Beside { devices: &devices[1..2], ..Beside::default() }), "-fw_cfg").is_empty());
+    }
+
+    #[test]
     fn a_qcow2_image_never_opens_a_backing_file() {
         let mut spec = example();
         spec.disks[0].format = DiskFormat::Qcow2;
-        let argv = render("q", slot(), &label(), &spec, Presence::Absent);
+        let argv = render("q", slot(), &label(), &spec, &Beside::default());
         let format: serde_json::Value = serde_json::from_str(after(&argv, "-blockdev")[1]).unwrap();
         assert!(format.as_object().unwrap().contains_key("backing") && format["backing"].is_null());
     }
@@ -211,12 +288,12 @@ mod tests {
         /// Whatever the command line says, it is one argument and changes no other.
         #[test]
         fn a_command_line_never_adds_or_changes_an_argument(text in "[ -~]{0,200}") {
-            let plain = render("q", slot(), &label(), &example(), Presence::Absent);
+            let plain = render("q", slot(), &label(), &example(), &Beside::default());
             let mut spec = example();
             if let Boot::Kernel { command_line, .. } = &mut spec.boot {
                 *command_line = CommandLine::new(text.clone()).unwrap();
             }
-            let argv = render("q", slot(), &label(), &spec, Presence::Absent);
+            let argv = render("q", slot(), &label(), &spec, &Beside::default());
             prop_assert_eq!(argv.len(), plain.len());
             for (one, other) in argv.iter().zip(&plain) {
                 prop_assert!(one == other || *one == text);

@@ -1,8 +1,8 @@
 //! `host.inventory`: what the supervisor owns now, and what it knows of the host.
 
 use super::spawn::memory_used;
-use crate::qemu;
 use crate::state::{Supervisor, Vm};
+use crate::{qemu, vfio};
 use diarch_ipc::VERSION;
 use diarch_ipc::name::QemuName;
 use diarch_ipc::operation::{HostInventory, Inventory, Limits, QemuGrant, VmRecord};
@@ -14,6 +14,7 @@ pub fn inventory(supervisor: &Supervisor, ask: &Inventory) -> HostInventory {
     let mut after = slots.range((from, Bound::Unbounded)).map(|(_, vm)| record(vm));
     let vms: Vec<VmRecord> = after.by_ref().take(HostInventory::PAGE).collect();
     let grants = &supervisor.grants;
+    let devices = supervisor.devices.all();
     HostInventory {
         version: VERSION.into(),
         kernel: supervisor.kernel.clone(),
@@ -31,8 +32,8 @@ pub fn inventory(supervisor: &Supervisor, ask: &Inventory) -> HostInventory {
         },
         audit: supervisor.audit.borrow().state(),
         scopes: supervisor.scopes,
-        devices: Vec::new(),
-        devices_total: 0,
+        devices: devices.iter().take(HostInventory::DEVICES).map(vfio::record::Record::shown).collect(),
+        devices_total: u32::try_from(devices.len()).unwrap_or(u32::MAX),
     }
 }
 

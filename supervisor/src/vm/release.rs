@@ -1,9 +1,9 @@
 //! `vm.release`: undoes all that stands under a slot, in reverse, and gives the slot back.
 
-use crate::ledger::{Ledger, Record};
+use crate::ledger::Record;
 use crate::state::Supervisor;
 use crate::vetted::Vetted;
-use crate::{mount, net, process};
+use crate::{mount, net, process, vfio};
 use diarch_ipc::Error;
 use diarch_ipc::name::Tenancy;
 use diarch_ipc::operation::{Operation, Release, Released, SlotState};
@@ -33,11 +33,16 @@ pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
     };
     // Undoing may be done twice, so it goes on when /run is full: with the old record there, a restarted supervisor finds the process gone.
     supervisor.record_or_believe(vetted.record.clone());
-    // First, though it stands under the process: whatever that does until it ends, it does to nobody.
-    net::clear(supervisor, row, &vetted.record).await?;
-    let ledger = supervisor.ledger.clone();
-    supervisor.act(row, slot, "release", move || undo(vetted, &ledger)).await??;
+    // First, though it stands under the process: whatever that does until it ends, it does to nobody. A network that can't be cleared keeps no VM alive.
+    let cleared = net::clear(supervisor, row, &vetted.record).await;
+    let ended = vetted.record.clone();
+    supervisor.act(row, slot, "end QEMU", move || end_qemu(&vetted)).await??;
+    cleared?;
     mount::detach::all(supervisor, slot).await;
+    // Nobody has them open any more.
+    vfio::release::all_of(supervisor, ask.tenancy).await;
+    let ledger = supervisor.ledger.clone();
+    supervisor.act(row, slot, "release", move || ledger.remove(ended.slot).map_err(|error| Error::io("ledger", &error))).await??;
     supervisor.slots.borrow_mut().remove(&slot);
     Ok(Released { existed: true })
 }
@@ -50,9 +55,8 @@ fn vet(supervisor: &Supervisor, row: &Operation, tenancy: Tenancy) -> Result<Vet
     Ok(Vetted::by_vet(Undo { uid, record: Record { state: SlotState::Releasing, ..record }, pidfd }))
 }
 
-/// In reverse: the process, and then what it stood on.
-fn undo(vetted: Vetted<Undo>, ledger: &Ledger) -> Result<(), Error> {
-    let undo = vetted.into_inner();
+/// In reverse: the process first, and then what it stood on.
+fn end_qemu(undo: &Vetted<Undo>) -> Result<(), Error> {
     let recorded = undo.record.run.as_ref().filter(|run| run.exit.is_none()).and_then(|run| run.process);
     match (&undo.pidfd, recorded) {
         (Some(pidfd), _) => end(pidfd)?,
@@ -63,7 +67,7 @@ fn undo(vetted: Vetted<Undo>, ledger: &Ledger) -> Result<(), Error> {
         }
         (None, None) => {}
     }
-    ledger.remove(undo.record.slot).map_err(|error| Error::io("ledger", &error))
+    Ok(())
 }
 
 /// Kills a process and waits until it has ended.

@@ -50,6 +50,8 @@ pub struct Scope {
     memory_max: u64,
     tasks_max: u64,
     kvm: bool,
+    /// Device nodes that it may open.
+    nodes: Vec<String>,
 }
 
 impl Scope {
@@ -64,7 +66,13 @@ impl Scope {
             memory_max: guest + guest / 64 + OF_QEMU + OF_EACH_CPU * u64::from(spec.cpus.get()) + translator,
             tasks_max,
             kvm: spec.accelerator == Accelerator::Kvm,
+            nodes: Vec::new(),
         }
+    }
+
+    /// With these device nodes, and no others of their kind.
+    pub fn with_nodes(self, nodes: Vec<String>) -> Self {
+        Self { nodes, ..self }
     }
 }
 
@@ -146,8 +154,10 @@ async fn start(scope: &Scope, child: &Gated) -> Result<(), Refused> {
             // /dev/null and its like; what else a VM is given comes as an open descriptor.
             ("DevicePolicy", "closed".into()),
         ];
-        if scope.kvm {
-            properties.push(("DeviceAllow", vec![("/dev/kvm", "rw")].into()));
+        let nodes: Vec<(&str, &str)> =
+            scope.kvm.then_some("/dev/kvm").into_iter().chain(scope.nodes.iter().map(String::as_str)).map(|node| (node, "rw")).collect();
+        if !nodes.is_empty() {
+            properties.push(("DeviceAllow", nodes.into()));
         }
         match manager.start_transient_unit(&scope.name, "fail", &properties, &[]).await {
             Ok(_job) => return Ok(()),

@@ -19,12 +19,13 @@ use crate::grants::Grants;
 use crate::ledger::{Ledger, Process, Record, Run};
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
+use crate::vfio::{self, Passed};
 use crate::{fd, kvm, net, process, qemu};
 use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
 use diarch_ipc::name::{NicIndex, RequestId, Slot};
 use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
-use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, FdKind, FdRole, MAX_DISKS, MAX_FORWARDS, MAX_NICS, Nic, Presence, VmSpec};
+use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, FdKind, FdRole, MAX_DEVICES, MAX_DISKS, MAX_FORWARDS, MAX_NICS, Nic, Presence, VmSpec};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -58,6 +59,8 @@ const FIRMWARE: [&str; 12] = [
     "/usr/share/qemu-efi-aarch64",
     "/usr/share/qemu-kvm",
 ];
+/// What is locked beside the guest's memory and the device's: QEMU's and the kernel's own, as much as libvirt leaves.
+const LOCKED_BESIDE_MIB: u64 = 1024;
 
 /// What is known before anything is decided.
 struct Facts {
@@ -70,6 +73,12 @@ struct Facts {
     walls: jail::Walls,
     /// `/dev/vhost-net`, for each queue of a tap.
     vhost: Vec<OwnedFd>,
+    /// The devices that are bound for it.
+    devices: Vec<Passed>,
+    /// What this process may let a child lock, in bytes; `None`: all.
+    lockable: Option<u64>,
+    /// The devices are a stage's, and nothing reads the guest's memory.
+    staged: bool,
 }
 
 /// A start that was vetted.
@@ -83,6 +92,9 @@ struct Launch {
     accelerator: Accelerator,
     network: Reach,
     max_tasks: u64,
+    /// Bytes of memory that it may lock: with a device, all of the guest's.
+    memlock: Option<u64>,
+    devices: Vec<Passed>,
     scope: Scope,
     walls: jail::Walls,
 }
@@ -121,7 +133,8 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
         return Ok(answer);
     }
     supervisor.check_state(row, tenancy)?;
-    let facts = gather(supervisor, row, &ask, fds).await?;
+    let devices = vfio::attach::reserve(supervisor, tenancy, &ask.spec.devices).await?;
+    let facts = Facts { devices: devices.passed.clone(), ..gather(supervisor, row, &ask, fds).await? };
     let hashed = facts.hashed.clone();
 
     let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), &supervisor.kvm.borrow(), id, &ask, facts)?;
@@ -129,10 +142,15 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     let before = supervisor.with(tenancy, |vm| vm.record.clone())?;
     supervisor.record(vetted.record.clone())?;
 
+    if let Err(error) = devices.attach(supervisor, row, slot, before.uid).await {
+        supervisor.record_or_believe(before);
+        return Err(error);
+    }
     let launched = launch(supervisor, row, slot, vetted).await;
     let launched = match launched {
         Ok(launched) => launched,
         Err(error) => {
+            devices.detach(supervisor, row, slot).await;
             supervisor.record_or_believe(before);
             return Err(error);
         }
@@ -202,6 +220,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
     let roles = ask.spec.fds();
     let (owner, walls) = (supervisor.host.owner(), supervisor.host.walls());
     let (slot, nics, vhost) = (ask.tenancy.slot, ask.spec.nics.clone(), net::tap::vhost_node(&supervisor.host));
+    let staged = supervisor.host.is_staged();
     let formats: Vec<DiskFormat> = ask.spec.disks.iter().map(|disk| disk.format).collect();
     supervisor
         .act(row, ask.tenancy.slot, "look at the files", move || {
@@ -218,7 +237,8 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
             let vhost = net::tap::vhost(&vhost, queues);
             let (program, hashed) = qemu::open(&name, &granted, owner, known)?;
             let libraries = qemu::libraries(&name, &granted)?;
-            Ok(Facts { program, hashed, fds, libraries, vhost, walls })
+            let lockable = rustix::process::getrlimit(rustix::process::Resource::Memlock).maximum;
+            Ok(Facts { program, hashed, fds, libraries, walls, vhost, devices: Vec::new(), lockable, staged })
         })
         .await?
 }
@@ -261,6 +281,10 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         exit: None,
     };
     let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS;
+    let memlock = admit_lock(spec, &facts)?;
+    // A stage's nodes are nobody's to open.
+    let nodes =
+        if facts.staged { Vec::new() } else { vfio::node::names(facts.devices.iter().map(|passed| passed.group).collect::<std::collections::BTreeSet<_>>()) };
     Ok(Vetted::by_vet(Launch {
         record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
         argv: argv::render(
@@ -268,7 +292,7 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
             slot,
             &vm.record.label,
             spec,
-            if facts.vhost.is_empty() { Presence::Absent } else { Presence::Given },
+            &argv::Beside { vhost: if facts.vhost.is_empty() { Presence::Absent } else { Presence::Given }, devices: &facts.devices },
         ),
         program: facts.program.into(),
         fds: facts.fds.into_iter().chain(facts.vhost).collect(),
@@ -276,7 +300,9 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         accelerator: spec.accelerator,
         network: reach(spec),
         max_tasks,
-        scope: Scope::of(slot, &vm.record.label, spec, max_tasks),
+        memlock,
+        devices: if facts.staged { Vec::new() } else { facts.devices },
+        scope: Scope::of(slot, &vm.record.label, spec, max_tasks).with_nodes(nodes),
         walls: facts.walls,
     }))
 }
@@ -293,16 +319,33 @@ fn admit_shape(spec: &VmSpec) -> Result<(), Error> {
     };
     at_most("spec.disks", MAX_DISKS, spec.disks.len())?;
     at_most("spec.nics", MAX_NICS, spec.nics.len())?;
+    at_most("spec.devices", MAX_DEVICES, spec.devices.len())?;
     for nic in &spec.nics {
         at_most("spec.nics.forwards", MAX_FORWARDS, nic.forwards().len())?;
     }
-    if !spec.devices.is_empty() || !spec.shares.is_empty() {
-        return Err(Error::Unsupported { missing: "devices and shares are not built yet".into() });
+    if !spec.shares.is_empty() {
+        return Err(Error::Unsupported { missing: "shares are not built yet".into() });
     }
     if matches!(spec.boot, Boot::Disk { .. }) && spec.disks.is_empty() {
         return Err(Error::invalid("spec.boot", "to boot from a disk there must be one"));
     }
     Ok(())
+}
+
+/// A device reads and writes the guest's memory where it lies, so none of it may move: all of it is locked, and what the device shows of itself, and some room
+/// for QEMU's own. `None`: it has no device.
+fn admit_lock(spec: &VmSpec, facts: &Facts) -> Result<Option<u64>, Error> {
+    if facts.devices.is_empty() || facts.staged {
+        return Ok(None);
+    }
+    let shown = facts.devices.iter().fold(0u64, |sum, passed| sum.saturating_add(passed.mmio_mib));
+    let needed = u64::from(spec.memory.get()).saturating_add(shown).saturating_add(LOCKED_BESIDE_MIB).saturating_mul(1 << 20);
+    match facts.lockable {
+        Some(lockable) if lockable < needed => Err(Error::Unsupported {
+            missing: format!("room to lock {needed} bytes of memory: the supervisor's own limit is {lockable} (LimitMEMLOCK=infinity)"),
+        }),
+        _ => Ok(Some(needed)),
+    }
 }
 
 fn admit_resources(grants: &Grants, slots: &BTreeMap<Slot, Vm>, slot: Slot, spec: &VmSpec) -> Result<(), Error> {
@@ -425,8 +468,8 @@ fn fork(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Waiting, Error> {
         fds,
         uid: launch.record.uid,
         groups: if launch.accelerator == Accelerator::Kvm { kvm::device_group().into_iter().collect() } else { Vec::new() },
-        limits: jail::Limits { tasks: launch.max_tasks, open_files: MAX_OPEN_FILES, locked_bytes: jail::LOCKED_BYTES },
-        root: root(launch.record.uid, launch.accelerator, launch.network, launch.libraries),
+        limits: jail::Limits { tasks: launch.max_tasks, open_files: MAX_OPEN_FILES, locked_bytes: launch.memlock.unwrap_or(jail::LOCKED_BYTES) },
+        root: with_devices(root(launch.record.uid, launch.accelerator, launch.network, launch.libraries), &launch.devices),
         network: if launch.network == Reach::Host { jail::Network::Host } else { jail::Network::Own },
         sockets: if launch.network == Reach::Host { jail::Sockets::Internet } else { jail::Sockets::Unix },
         sandbox: jail::Sandbox::Ours,
@@ -463,6 +506,13 @@ fn root(uid: u32, accelerator: Accelerator, network: Reach, libraries: Vec<(Path
         root = root.host_if_there("/etc/resolv.conf");
     }
     root.own(OWN_DIRECTORY, uid, OWN_BYTES)
+}
+
+/// And what it needs of its devices: their nodes, and what sysfs shows of them, to read.
+fn with_devices(root: jail::Root, devices: &[Passed]) -> jail::Root {
+    let groups: std::collections::BTreeSet<u32> = devices.iter().map(|passed| passed.group).collect();
+    let root = vfio::node::names(groups).iter().fold(root, |root, node| root.node(node));
+    devices.iter().fold(root, |root, passed| root.host_if_there(&format!("/sys/{}", passed.path)))
 }
 
 fn open(waiting: Waiting) -> Result<Launched, Error> {

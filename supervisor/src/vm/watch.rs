@@ -1,8 +1,8 @@
 //! Sees QEMU end, by its pidfd; writes it down and tells the worker.
 
-use crate::process;
 use crate::state::Supervisor;
-use diarch_ipc::name::{RequestId, Slot};
+use crate::{process, vfio};
+use diarch_ipc::name::{RequestId, Slot, Tenancy};
 use diarch_ipc::operation::{Event, ExitStatus, SlotState};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -43,7 +43,7 @@ async fn ended(supervisor: &Supervisor, pidfd: &Rc<OwnedFd>) -> std::io::Result<
 }
 
 /// Writes the end down, if the slot still speaks of that very QEMU.
-pub fn settle(supervisor: &Supervisor, slot: Slot, spawn: RequestId, status: ExitStatus) {
+pub fn settle(supervisor: &Rc<Supervisor>, slot: Slot, spawn: RequestId, status: ExitStatus) {
     let mut record = {
         let mut slots = supervisor.slots.borrow_mut();
         let Some(vm) = slots.get_mut(&slot).filter(|vm| vm.record.run.as_ref().is_some_and(|run| run.spawn == spawn)) else { return };
@@ -57,9 +57,10 @@ pub fn settle(supervisor: &Supervisor, slot: Slot, spawn: RequestId, status: Exi
     if let Some(run) = &mut record.run {
         run.exit = Some(status);
     }
-    let label = record.label.clone();
+    let (label, tenancy) = (record.label.clone(), Tenancy { slot, claim: record.claim });
     tracing::info!(%slot, %label, %status, "QEMU ended");
     supervisor.record_or_believe(record);
+    vfio::attach::ended(supervisor, tenancy);
     supervisor.note(&format!("vm.exited slot={slot} label={label} status={status}"));
     supervisor.sessions.tell(Event::VmExited { slot, label, status, spawn });
 }

@@ -24,7 +24,17 @@ fn ask() -> Spawn {
         .unwrap()
 }
 fn facts() -> Facts {
-    Facts { program: File::open("/bin/true").unwrap(), hashed: None, fds: Vec::new(), libraries: Vec::new(), vhost: Vec::new(), walls: jail::Walls::Jail }
+    Facts {
+        program: File::open("/bin/true").unwrap(),
+        hashed: None,
+        fds: Vec::new(),
+        libraries: Vec::new(),
+        walls: jail::Walls::Jail,
+        vhost: Vec::new(),
+        devices: Vec::new(),
+        lockable: None,
+        staged: false,
+    }
 }
 fn record(slot: u64, label: &str, state: SlotState, run: Option<Run>) -> Record {
     let slot = Slot::new(slot).unwrap();
@@ -133,6 +143,20 @@ fn too_many_disks_cards_or_forwards_are_invalid() {
     assert_eq!(judged(&claimed(), |ask| ask.spec.nics = vec![ask.spec.nics[0].clone(); MAX_NICS + 1]).unwrap_err().kind(), "invalid");
     let many = |ask: &mut Spawn| *forwards(ask) = vec![forwards(ask)[0]; MAX_FORWARDS + 1];
     assert_eq!(judged(&claimed(), many).unwrap_err().kind(), "invalid");
+}
+
+#[test]
+fn a_vm_with_a_device_locks_its_memory_and_one_without_does_not() {
+    let passed = Passed { function: diarch_ipc::name::Bdf::new("0000:65:00.0").unwrap(), group: 12, path: "devices/x".into(), mmio_mib: 16 };
+    let with = |lockable| {
+        let facts = Facts { devices: vec![passed.clone()], lockable, ..facts() };
+        vet(&grants(), &claimed(), &KvmVerdict::NotGranted, id(5), &ask(), facts)
+    };
+    let memory = u64::from(ask().spec.memory.get());
+    assert_eq!(with(None).unwrap().memlock, Some((memory + 16 + 1024) << 20));
+    let error = with(Some(8 << 20)).unwrap_err();
+    assert!(error.to_string().contains("LimitMEMLOCK"), "{error}");
+    assert_eq!(judged(&claimed(), |_| ()).unwrap().memlock, None);
 }
 
 #[test]

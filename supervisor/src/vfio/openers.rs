@@ -1,0 +1,71 @@
+//! Which processes have a device's nodes open. A driver does not let go of a device while somebody has: the one who asked it to would wait for ever.
+
+use crate::host::{Host, there};
+use diarch_ipc::frame::printable;
+use std::fmt;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+/// A device node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    pub name: String,
+    /// Major and minor number.
+    pub number: Option<(u32, u32)>,
+}
+
+/// A process that has one open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opener {
+    pub node: String,
+    pub pid: u32,
+    /// What the process calls itself: for people.
+    pub name: String,
+}
+
+impl fmt::Display for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (pid {}) has {} open", printable(&self.name, 32), self.pid, self.node)
+    }
+}
+
+/// The numbers of all processes.
+pub fn processes(host: &Host) -> io::Result<Vec<u32>> {
+    Ok(host.procfs().names("")?.iter().filter_map(|name| name.parse().ok()).collect())
+}
+
+/// Everybody who has one of these nodes open, each once for a node. A process that goes away meanwhile has nothing open.
+pub fn of(host: &Host, nodes: &[Node]) -> io::Result<Vec<Opener>> {
+    let mut openers: Vec<Opener> = Vec::new();
+    for pid in processes(host)? {
+        let Some(files) = there(host.procfs().names(&format!("{pid}/fd")))? else { continue };
+        for file in files {
+            let at = format!("{pid}/fd/{file}");
+            let Some(text) = there(host.procfs().link(&at))? else { continue };
+            let Some(node) = found(host, nodes, &at, &text) else { continue };
+            if openers.iter().any(|opener| (opener.pid, &opener.node) == (pid, &node.name)) {
+                continue;
+            }
+            let name = there(host.procfs().text(&format!("{pid}/comm")))?.unwrap_or_default();
+            openers.push(Opener { node: node.name.clone(), pid, name });
+        }
+    }
+    Ok(openers)
+}
+
+/// By its name, or by its numbers under whatever name a container gave it.
+fn found<'a>(host: &Host, nodes: &'a [Node], at: &str, text: &str) -> Option<&'a Node> {
+    if !text.starts_with("/dev/") {
+        return None;
+    }
+    if let Some(node) = nodes.iter().find(|node| node.name == text) {
+        return Some(node);
+    }
+    if host.is_staged() || nodes.iter().all(|node| node.number.is_none()) {
+        return None;
+    }
+    // A look at an open device node waits for nobody.
+    let meta = std::fs::metadata(host.procfs().join(at)).ok()?;
+    let number = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+    nodes.iter().find(|node| node.number == Some(number))
+}
