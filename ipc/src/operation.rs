@@ -712,7 +712,7 @@ pub struct FunctionRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceState {
-    /// Written down, and on its way to vfio-pci.
+    /// Written down, and on its way to vfio-pci, or back.
     Reserved,
     Bound,
     /// In a VM that runs.

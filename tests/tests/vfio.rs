@@ -673,7 +673,7 @@ fn a_supervisor_killed_at_every_step_of_a_release_gives_the_group_back() {
 }
 
 #[test]
-fn a_supervisor_killed_at_every_step_of_a_vms_release_or_a_reset_loses_no_device() {
+fn a_supervisor_killed_at_every_step_of_a_reset_loses_no_device() {
     need!(Root, Kernel(6, 5));
     everywhere(|first, every| {
         let scene = scene(&[Shape::SingleGpu], ALL, |_| ());
