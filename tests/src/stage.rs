@@ -571,11 +571,7 @@ impl Kernel {
                 }
                 _ => {}
             },
-            "reset" => {
-                if take() == "1" {
-                    self.resets.lock().unwrap().push(name(place));
-                }
-            }
+            "reset" if take() == "1" => self.resets.lock().unwrap().push(name(place)),
             _ => {}
         }
     }
