@@ -253,6 +253,84 @@ pub fn hostile_frames() -> Vec<Hostile> {
     all
 }
 
+/// A frame in which one text is another than it may be.
+#[derive(Debug, Clone)]
+pub struct HostileText {
+    pub what: String,
+    /// The field's name, and whether it is one that takes any printable text.
+    pub field: String,
+    pub bytes: Vec<u8>,
+}
+
+/// The fields that are one argument of a program's, whatever is in them.
+const FREE_TEXT: [&str; 1] = ["command_line"];
+
+impl HostileText {
+    /// Whether the field may take this very text: then what comes of it must be no more than of any other.
+    pub fn is_free(&self) -> bool {
+        FREE_TEXT.contains(&&*self.field)
+    }
+}
+
+/// What names, paths, interfaces, options, terminals, logs and formats have been tricked with.
+pub fn hostile_strings() -> Vec<(&'static str, String)> {
+    let mut all: Vec<(&'static str, String)> = [
+        ("nothing", ""),
+        ("a blank", " "),
+        ("the directory above", ".."),
+        ("this directory", "."),
+        ("a path", "/etc/shadow"),
+        ("a path upwards", "../../etc/shadow"),
+        ("a path behind a name", "a/../../b"),
+        ("a NUL", "a\0b"),
+        ("a line break", "a\nb"),
+        ("a carriage return", "a\rb"),
+        ("a terminal's escape", "\u{1b}[2Ja"),
+        ("a right-to-left override", "a\u{202e}b"),
+        ("a letter of another script", "\u{ff41}bc"),
+        ("a combining accent", "e\u{301}"),
+        ("an interface number", "tap%d"),
+        ("a format", "%s%n%p"),
+        ("a second option", "a,id=b"),
+        ("a second QEMU option", "a -monitor stdio"),
+        ("an option", "-a"),
+        ("an assignment", "a=b"),
+        ("the end of a JSON text", "\"}],\"a\":[{\""),
+        ("a shell's substitution", "$(id)"),
+        ("backquotes", "`id`"),
+        ("a second command", "a;id"),
+        ("a quote", "a'b"),
+        ("a backslash", "a\\b"),
+        ("a wildcard", "*"),
+        ("an nft statement", "\" accept; drop \""),
+        ("an nft set", "{ 1, 2 }"),
+        ("a rule's comment", "a#b"),
+    ]
+    .map(|(what, text)| (what, text.to_owned()))
+    .to_vec();
+    all.extend([("too long", 64), ("longer than a path", 5000), ("longer than 65,535", 60_000)].map(|(what, length)| (what, "a".repeat(length))));
+    all
+}
+
+/// Every text of every request, replaced by each of [`hostile_strings`]. A new operation gets all of them from its example.
+pub fn hostile_texts() -> Vec<HostileText> {
+    let mut all = Vec::new();
+    for request in Request::examples() {
+        let name = request.operation().name;
+        let good = encoded(&ClientFrame::Call(Call { id: RequestId { session: 3, serial: 1 }, deadline_ms: 1000, request }));
+        let (tree, _) = Node::parse(&good).expect("our own encoding");
+        for path in tree.paths() {
+            let Some(field) = tree.clone().at(&path).is_text().then(|| tree.field(&path)) else { continue };
+            for (what, text) in hostile_strings() {
+                let mut wrong = tree.clone();
+                *wrong.at(&path) = Node::text(&text);
+                all.push(HostileText { what: format!("{name}: {what} as {field}"), field: field.clone(), bytes: wrong.bytes() });
+            }
+        }
+    }
+    all
+}
+
 type Change = fn(&mut Node) -> bool;
 
 /// What is done to each value of each request; false where it does not apply.
@@ -305,7 +383,33 @@ enum Node {
 
 impl Node {
     fn text(text: &str) -> Node {
-        Node::Scalar([&[0xa0 | text.len() as u8], text.as_bytes()].concat())
+        // The shortest form of each length, as the contract's one encoding has it.
+        let length = text.len();
+        let head = match length {
+            0..=31 => vec![0xa0 | length as u8],
+            32..=255 => vec![0xd9, length as u8],
+            _ => vec![0xda, (length >> 8) as u8, length as u8],
+        };
+        Node::Scalar([&head, text.as_bytes()].concat())
+    }
+
+    fn is_text(&self) -> bool {
+        matches!(self, Node::Scalar(bytes) if matches!(bytes.first(), Some(0xa0..=0xbf | 0xd9 | 0xda)))
+    }
+
+    /// The innermost name on the way to a value.
+    fn field(&self, path: &[usize]) -> String {
+        let Some((first, rest)) = path.split_first() else { return String::new() };
+        match self {
+            Node::Map(entries) => {
+                let inner = entries[*first].1.field(rest);
+                let Node::Scalar(name) = &entries[*first].0 else { return inner };
+                // Keys are shorter than 32 bytes: one byte of head.
+                if inner.is_empty() { String::from_utf8_lossy(&name[1..]).into_owned() } else { inner }
+            }
+            Node::Array(items) => items[*first].field(rest),
+            Node::Scalar(_) => String::new(),
+        }
     }
 
     fn becomes(&mut self, bytes: &[u8]) -> bool {
@@ -394,6 +498,23 @@ mod tests {
             let bytes = encoded(&ClientFrame::Call(Call { id: RequestId { session: u64::MAX, serial: 1 }, deadline_ms: 70_000, request }));
             let (tree, rest) = Node::parse(&bytes).unwrap();
             assert_eq!((tree.bytes(), rest.len()), (bytes, 0));
+        }
+    }
+
+    #[test]
+    fn no_name_address_or_word_takes_a_hostile_text_and_a_command_line_takes_printable_ones() {
+        let mut fields = std::collections::BTreeSet::new();
+        for hostile in hostile_texts() {
+            let taken = frame::decode::<ClientFrame>(&hostile.bytes, &mut Vec::new()).is_ok();
+            let printable = hostile_strings()
+                .iter()
+                .any(|(what, text)| hostile.what.contains(&format!(": {what} as ")) && text.len() <= 2047 && text.bytes().all(|b| (0x20..0x7f).contains(&b)));
+            assert_eq!(taken, hostile.is_free() && printable, "{}", hostile.what);
+            fields.insert(hostile.field);
+        }
+        for field in ["label", "qemu", "command_line", "mac", "network", "share", "socket", "function", "address", "host_address", "tag", "signal", "protocol"]
+        {
+            assert!(fields.contains(field), "no hostile text for {field}: {fields:?}");
         }
     }
 

@@ -3,12 +3,13 @@
 
 use diarch_ipc::Error;
 use diarch_ipc::frame::{Call, ClientFrame, Hello, MAX_FDS, Outcome, ServerFrame};
-use diarch_ipc::name::{Label, RequestId, Slot, Tenancy};
-use diarch_ipc::operation::{Claim, Inventory, Release, Reply, Request, Signal, SignalKind, SlotState, Spawn};
-use diarch_tests::host::{Host, STRANGER, WORKER, assert_same, descriptors, rss_kib};
+use diarch_ipc::name::{Bdf, CommandLine, Label, Mac, QemuName, Queues, RequestId, ShareName, Slot, Tag, Tenancy};
+use diarch_ipc::operation::{Claim, Effect, Inventory, Release, Reply, Request, Signal, SignalKind, SlotState, Spawn};
+use diarch_ipc::spec::{Backend, Boot, Disk, DiskAccess, DiskFormat, FdAccess, FdKind, FdRole, Nic, Presence, Share, VmSpec};
+use diarch_tests::host::{Builder, Host, STRANGER, WORKER, assert_same, descriptors, rss_kib};
 use diarch_tests::need;
 use diarch_tests::stand_in::{Ask, Unit, UnitState};
-use diarch_tests::wire::{Raw, Received, User, as_user, connect, encoded, hostile_frames};
+use diarch_tests::wire::{Raw, Received, User, as_user, connect, encoded, hostile_frames, hostile_texts};
 use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -89,6 +90,26 @@ fn malformed_frames_before_the_hello_end_their_connection() {
     let raw = host.raw();
     raw.send_frame(&ClientFrame::Hello(Hello::ours()), &[]).unwrap();
     closed(&raw, "a second Hello");
+    honest(&host);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn no_hostile_text_in_any_field_of_any_operation_reaches_more_than_the_decoder() {
+    need!(Root, Kernel(6, 5));
+    let host = apart(Host::builder()).start();
+    honest(&host);
+    let before = host.inventory();
+    let pid = host.supervisor_pid();
+    for hostile in hostile_texts() {
+        let raw = host.raw();
+        // Also where the field takes any printable text (`an_argument_can_not_open_a_second_option`): there the descriptors are missing.
+        raw.send(&hostile.bytes, &[]).unwrap();
+        closed(&raw, &hostile.what);
+    }
+    assert_eq!(host.supervisor_pid(), pid, "it must not have died");
+    let loud = host.log("supervisor.log").bytes().find(|byte| *byte < 0x20 && *byte != b'\n');
+    assert_eq!(loud, None, "a control byte of the peer's is in the log");
     honest(&host);
     assert_same(&before, &host);
 }
@@ -416,6 +437,289 @@ fn a_table_of_another_release_gets_a_sentence() {
     let log = host.log("supervisor.log");
     assert!(!log.contains('\u{1b}'), "an escape byte of the peer's is in the log");
     honest(&host);
+}
+
+// ---- requests made from the table: a new operation gets them from its example ----
+
+/// In a network and a mount namespace of its own, without this machine's PCI bus: what is asked for here must be refused, and a supervisor that does not
+/// refuse it shall do no harm.
+fn apart(mut builder: Builder) -> Builder {
+    let script = "mount -t tmpfs none /sys/bus && exec \"$0\" \"$@\"";
+    builder.prelude = Some(format!("exec unshare --net --mount --propagation private /bin/sh -c '{script}' \"$0\" \"$@\""));
+    builder.without_worker()
+}
+
+/// Everything that the examples ask for by name is there, as far as root's word goes.
+const EXAMPLES: &str = "[devices]\nallow = [\"0000:65:00.0\"]\n[network.lan]\nrouted = \"10.77.0.0/20\"\n\
+    [ports]\npublish = [\"127.0.0.1:1024-65535\"]\nlisten = [\"10.77.0.1:443\"]\n\
+    [mounts.models]\ntmpfs_mib = 1\n[sockets.downloader]\npath = \"/run/downloader.sock\"\n";
+
+/// The same request of another VM.
+fn of(request: &Request, tenancy: Tenancy) -> Option<Request> {
+    request.tenancy()?;
+    let mut value = serde_json::to_value(request).unwrap();
+    value[request.operation().name]["tenancy"] = serde_json::to_value(tenancy).unwrap();
+    Some(serde_json::from_value(value).unwrap())
+}
+
+/// A right descriptor for each place that the request has.
+fn descriptors_for(host: &Host, request: &Request) -> Vec<OwnedFd> {
+    let right = |role: &FdRole| -> OwnedFd {
+        let path = host.path("files").join(format!("right-{}", role.name));
+        let mut options = std::fs::File::options();
+        match (role.kind, role.access) {
+            (FdKind::Tap, _) => options.read(true).write(true),
+            (_, FdAccess::Append) => options.append(true).create(true),
+            (_, FdAccess::ReadOnly) => return std::fs::File::open(host.path("files/kernel")).unwrap().into(),
+            (_, FdAccess::ReadWrite) => options.read(true).write(true).create(true),
+        };
+        let path = if role.kind == FdKind::Tap { "/dev/net/tun".into() } else { path };
+        options.open(path).unwrap().into()
+    };
+    request.fds_in().iter().map(right).collect()
+}
+
+/// What is in the table and does nothing yet says so.
+fn unbuilt(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Error(Error::Unsupported { missing }) if missing.ends_with("not built yet"))
+}
+
+fn ask(host: &Host, raw: &mut Raw, request: &Request) -> Outcome {
+    let fds = descriptors_for(host, request);
+    match raw.ask(request.clone(), &borrowed(&fds)) {
+        Ok((outcome, _)) => outcome,
+        Err(why) => panic!("{}: {why}", request.operation().name),
+    }
+}
+
+fn claimed(raw: &mut Raw, label: &str) -> Tenancy {
+    match raw.ask(Request::VmClaim(Claim { label: Label::new(label).unwrap() }), &[]) {
+        Ok((Outcome::Ok(Reply::VmClaim(claimed)), _)) => claimed.tenancy,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Brings a claimed slot into this state.
+fn bring(host: &Host, raw: &mut Raw, tenancy: Tenancy, state: SlotState) {
+    if matches!(state, SlotState::Running | SlotState::Exited) && state_of(raw, tenancy) != Some(SlotState::Running) {
+        let (spec, fds) = host.spec("");
+        let (spawned, _) = raw.ask(Request::VmSpawn(Spawn { tenancy, spec }), &borrowed(&fds)).unwrap();
+        assert!(matches!(spawned, Outcome::Ok(_)), "{spawned:?}");
+    }
+    if state == SlotState::Exited {
+        raw.ask(Request::VmSignal(Signal { tenancy, signal: SignalKind::Kill }), &[]).unwrap();
+    }
+    let until = Instant::now() + SOON;
+    while state_of(raw, tenancy) != Some(state) {
+        assert!(Instant::now() < until, "{state:?} never came");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn state_of(raw: &mut Raw, tenancy: Tenancy) -> Option<SlotState> {
+    match raw.ask(inventory(), &[]).unwrap().0 {
+        Outcome::Ok(Reply::HostInventory(all)) => all.vms.iter().find(|vm| vm.tenancy() == tenancy).map(|vm| vm.state),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn no_operation_acts_on_a_slot_under_a_claim_that_is_not_its_own() {
+    need!(Root, Kernel(6, 5));
+    let host = apart(Host::builder().grants(EXAMPLES)).start();
+    let mut raw = host.raw();
+    let victim = claimed(&mut raw, "victim");
+    for state in [SlotState::Claimed, SlotState::Running, SlotState::Exited] {
+        if state != SlotState::Claimed {
+            bring(&host, &mut raw, victim, state);
+        }
+        let before = (host.inventory(), host.ledger());
+        let RequestId { session, serial } = victim.claim;
+        let others = [
+            ("a claim of another worker's", Tenancy { claim: RequestId { session: session ^ 1, serial }, ..victim }),
+            ("another claim of the same worker's", Tenancy { claim: RequestId { session, serial: serial + 1 }, ..victim }),
+            ("no claim", Tenancy { claim: RequestId { session: 0, serial: 0 }, ..victim }),
+            ("a slot that nobody has", Tenancy { slot: Slot::new(1).unwrap(), ..victim }),
+            ("a slot outside the grants", Tenancy { slot: Slot::new(4095).unwrap(), ..victim }),
+        ];
+        for example in Request::examples() {
+            for (what, tenancy) in &others {
+                let Some(request) = of(&example, *tenancy) else { continue };
+                let row = request.operation();
+                let outcome = ask(&host, &mut raw, &request);
+                // What takes back finds nothing to take, and that is what was wanted.
+                let nothing = match &outcome {
+                    Outcome::Error(Error::NotFound { .. }) => true,
+                    Outcome::Ok(reply) if row.effect == Effect::Revoke => serde_json::to_value(reply).unwrap()[row.name]["existed"] == false,
+                    other => unbuilt(other),
+                };
+                assert!(nothing, "{} with {what} on a {state:?} slot: {outcome:?}", row.name);
+            }
+        }
+        assert_eq!(host.ledger(), before.1);
+        assert_same(&before.0, &host);
+    }
+}
+
+#[test]
+fn no_operation_is_done_in_a_state_that_its_row_does_not_name() {
+    need!(Root, Kernel(6, 5));
+    let host = apart(Host::builder().grants(EXAMPLES)).start();
+    let mut raw = host.raw();
+    let mut refused = 0;
+    for state in [SlotState::Claimed, SlotState::Running, SlotState::Exited] {
+        let tenancy = claimed(&mut raw, &format!("a-{}", state.as_str()));
+        bring(&host, &mut raw, tenancy, state);
+        let before = (host.inventory(), host.ledger());
+        for example in Request::examples() {
+            let row = example.operation();
+            let Some(request) = of(&example, tenancy).filter(|_| !row.states.contains(&state)) else { continue };
+            let outcome = ask(&host, &mut raw, &request);
+            match &outcome {
+                Outcome::Error(Error::WrongState { state: named, reason }) => {
+                    assert_eq!(named, state.as_str(), "{}", row.name);
+                    assert!(reason.contains(row.name) && row.states.iter().all(|legal| reason.contains(legal.as_str())), "{}: {reason}", row.name);
+                    refused += 1;
+                }
+                other => assert!(unbuilt(other), "{} on a {state:?} slot: {outcome:?}", row.name),
+            }
+        }
+        assert_eq!(host.ledger(), before.1);
+        assert_same(&before.0, &host);
+    }
+    assert!(refused >= 4, "only {refused} were refused");
+}
+
+#[test]
+fn what_was_not_made_can_not_be_taken_back_or_used() {
+    need!(Root, Kernel(6, 5));
+    let host = apart(Host::builder().grants(EXAMPLES)).start();
+    let mut raw = host.raw();
+    let tenancy = claimed(&mut raw, "empty");
+    let before = (host.inventory(), host.ledger());
+    // Before the operation that makes it; twice, since the first must not have made anything either.
+    for example in Request::examples().into_iter().chain(Request::examples()) {
+        let row = example.operation();
+        let takes_back = row.effect == Effect::Revoke && row.name != "vm.release" && row.states.contains(&SlotState::Claimed);
+        let Some(request) = of(&example, tenancy).filter(|_| takes_back || row.name == "vfio.recover") else { continue };
+        let outcome = ask(&host, &mut raw, &request);
+        let refused = match &outcome {
+            Outcome::Ok(reply) => takes_back && serde_json::to_value(reply).unwrap()[row.name]["existed"] == false,
+            Outcome::Error(_) => true,
+        };
+        assert!(refused, "{}: {outcome:?}", row.name);
+    }
+    // A VM of parts that nobody made.
+    let (plain, _) = host.spec("");
+    let device = Bdf::new("0000:65:00.0").unwrap();
+    let share = Share { share: ShareName::new("models").unwrap(), tag: Tag::new("models").unwrap() };
+    let nic = |queues| Nic { mac: Mac::new("52:54:00:00:00:01").unwrap(), backend: Backend::Tap { queues: Queues::new(queues).unwrap() } };
+    for (what, spec) in [
+        ("a device that is not bound", VmSpec { devices: vec![device.clone()], ..plain.clone() }),
+        ("one device twice", VmSpec { devices: vec![device.clone(), device], ..plain.clone() }),
+        ("a share that is not attached", VmSpec { shares: vec![share.clone()], ..plain.clone() }),
+        ("one share twice", VmSpec { shares: vec![share.clone(), share], ..plain.clone() }),
+        ("a tap that was not opened", VmSpec { nics: vec![nic(1)], ..plain.clone() }),
+        ("eight queues that were not opened", VmSpec { nics: vec![nic(8)], ..plain.clone() }),
+    ] {
+        let outcome = match raw
+            .ask(Request::VmSpawn(Spawn { tenancy, spec: spec.clone() }), &borrowed(&descriptors_for(&host, &Request::VmSpawn(Spawn { tenancy, spec }))))
+        {
+            Ok((outcome, _)) => outcome,
+            Err(why) => panic!("{what}: {why}"),
+        };
+        assert!(matches!(outcome, Outcome::Error(_)), "{what}: {outcome:?}");
+    }
+    assert!(host.qemus().is_empty());
+    assert_eq!(host.ledger(), before.1);
+    assert_same(&before.0, &host);
+}
+
+#[test]
+fn what_no_grant_opens_is_denied_by_the_grant_that_its_row_names() {
+    need!(Root, Kernel(6, 5));
+    let mut builder = apart(Host::builder());
+    builder.vms_max = 1;
+    let host = builder.start();
+    let mut raw = host.raw();
+    let tenancy = claimed(&mut raw, "poor");
+    let before = (host.inventory(), host.ledger());
+    for example in Request::examples() {
+        let row = example.operation();
+        if row.grant.is_empty() {
+            continue;
+        }
+        let mut request = of(&example, tenancy).unwrap_or(example);
+        if let Request::VmSpawn(spawn) = &mut request {
+            spawn.spec.qemu = QemuName::new("ungranted").unwrap();
+        }
+        let outcome = ask(&host, &mut raw, &request);
+        let named = match &outcome {
+            Outcome::Error(Error::Denied { grant, .. }) => grant.clone(),
+            // A limit of the grants' that is reached.
+            Outcome::Error(Error::Exhausted { what, .. }) => what.clone(),
+            other => {
+                assert!(unbuilt(other), "{}: {outcome:?}", row.name);
+                continue;
+            }
+        };
+        assert!(row.grant.iter().any(|grant| named.contains(grant)), "{} was refused by {named:?}, and its row names {:?}", row.name, row.grant);
+    }
+    assert_eq!(host.ledger(), before.1);
+    assert_same(&before.0, &host);
+}
+
+#[test]
+fn every_place_for_a_descriptor_refuses_every_other_kind() {
+    need!(Root, Kernel(6, 5));
+    let host = apart(Host::builder()).start();
+    let mut raw = host.raw();
+    let tenancy = claimed(&mut raw, "all-places");
+    let before = host.inventory();
+    let (plain, _) = host.spec("");
+    let disk = |access| Disk { format: DiskFormat::Raw, access };
+    let boot = Boot::Kernel { command_line: CommandLine::new("").unwrap(), initrd: Presence::Given, firmware: Presence::Given };
+    let nic = Nic { mac: Mac::new("52:54:00:00:00:01").unwrap(), backend: Backend::Tap { queues: Queues::new(1).unwrap() } };
+    let spec = VmSpec { boot, disks: vec![disk(DiskAccess::ReadOnly), disk(DiskAccess::ReadWrite)], nics: vec![nic], ..plain };
+    let request = Request::VmSpawn(Spawn { tenancy, spec });
+    let roles = request.fds_in();
+    let named: std::collections::BTreeSet<&str> = roles.iter().map(|role| role.name).collect();
+    let all: std::collections::BTreeSet<&str> = request.operation().fds_in.iter().map(|name| name.trim_end_matches(['?', '*'])).collect();
+    assert_eq!(named, all, "a place that this test does not try");
+    let file = host.path("files/kernel");
+    let opened = |path: &std::path::Path, flags: OFlags| open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let (socket, _other) = diarch_ipc::channel::pair().unwrap();
+    let wrong: Vec<(&str, OwnedFd)> = vec![
+        ("an O_PATH descriptor", opened(&file, OFlags::PATH)),
+        ("a directory", opened(std::path::Path::new("/"), OFlags::RDONLY | OFlags::DIRECTORY)),
+        ("the reading end of a pipe", reader),
+        ("the writing end of a pipe", writer),
+        ("a socket", socket),
+        ("a device node", opened(std::path::Path::new("/dev/null"), OFlags::RDWR)),
+        ("an eventfd", rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap()),
+        ("a file of /proc", opened(std::path::Path::new("/proc/self/status"), OFlags::RDONLY)),
+        ("a tap that nobody opened", opened(std::path::Path::new("/dev/net/tun"), OFlags::RDWR)),
+    ];
+    for place in 0..roles.len() {
+        for (what, fd) in &wrong {
+            // A file of /proc is a file that can be read: what reads it is QEMU, as its own user.
+            if *what == "a file of /proc" && roles[place].access == FdAccess::ReadOnly {
+                continue;
+            }
+            let right = descriptors_for(&host, &request);
+            let mut fds = borrowed(&right);
+            fds[place] = fd.as_fd();
+            let what = format!("{what} as {}", roles[place].name);
+            match raw.ask(request.clone(), &fds) {
+                Ok((Outcome::Error(Error::Invalid { field, .. }), _)) => assert_eq!(field, format!("fds[{place}] ({})", roles[place].name), "{what}"),
+                Ok((outcome, _)) => assert!(roles[place].kind == FdKind::Tap && unbuilt(&outcome), "{what}: {outcome:?}"),
+                Err(why) => panic!("{what}: {why}"),
+            }
+        }
+    }
+    assert!(host.qemus().is_empty());
+    assert_same(&before, &host);
 }
 
 // ---- another's slot, ids that are no paths ----

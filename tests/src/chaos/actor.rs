@@ -169,7 +169,12 @@ impl<'a> Actor<'a> {
         // The session that asked may be gone by now, and its questions with it.
         let Some(answered) = asked.answer() else { return };
         let operation = request.operation().name;
-        let kind = answered.as_ref().map_or_else(Error::kind, |_| "ok");
+        let kind = match &answered {
+            Ok(_) => "ok".to_owned(),
+            // Which step failed is worth a line of its own.
+            Err(error @ Error::Failed { .. }) => error.to_string(),
+            Err(error) => error.kind().to_owned(),
+        };
         *self.answers.entry(format!("{operation}: {kind}")).or_insert(0) += 1;
         match answered {
             Ok((reply, fds)) => self.believe(name, &request, &reply, fds, lasting),
@@ -219,38 +224,37 @@ impl<'a> Actor<'a> {
     fn twice(&mut self, name: usize, killed: bool) {
         self.succeed(Succession::Death);
         let request = Request::VmClaim(operation::Claim { label: Label::new(label(name)).expect("a label") });
-        let Some(mut raw) = self.raw() else { return };
-        let id = raw.next_id();
-        let first = raw.ask_as(id, request.clone(), &[]);
+        let mut session = [0u8; 8];
+        let _ = rustix::rand::getrandom(&mut session, rustix::rand::GetRandomFlags::empty());
+        let id = RequestId { session: u64::from_ne_bytes(session), serial: 1 };
+        let Some(first) = self.by_hand(id, &request) else { return };
         if killed {
             self.kill(Victim::Supervisor);
-            let Some(again) = self.raw() else { return };
-            raw = again;
         }
-        let second = raw.ask_as(id, request, &[]);
+        let Some(second) = self.by_hand(id, &request) else { return };
         match (first, second) {
-            (Ok((Outcome::Ok(one), _)), second) if !matches!(&second, Ok((Outcome::Ok(two), _)) if one == *two) => {
+            (Outcome::Ok(one), second) if second != Outcome::Ok(one.clone()) => {
                 self.wrong.push(format!("asked twice under one id, {} was answered {one:?} and {second:?}", label(name)));
             }
             // A refusal may have passed: the name's release was under way.
-            (_, Ok((Outcome::Ok(Reply::VmClaim(claimed)), _))) => self.claimed(name, claimed.tenancy),
-            (_, Ok(_)) => {}
-            (_, Err(error)) => self.wrong.push(format!("asked again, {} was not answered: {error}", label(name))),
+            (_, Outcome::Ok(Reply::VmClaim(claimed))) => self.claimed(name, claimed.tenancy),
+            _ => {}
         }
     }
 
-    /// A connection that is spoken to by hand, to a supervisor that may just be dying or starting.
-    fn raw(&mut self) -> Option<Raw> {
+    /// Asks on a connection of its own until it is answered, whoever is just dying or starting there.
+    fn by_hand(&mut self, id: RequestId, request: &Request) -> Option<Outcome> {
         let until = Instant::now() + PATIENCE;
         while Instant::now() < until {
-            if let Ok(raw) = Raw::connect_as(&self.host.socket(), WORKER)
+            if let Ok(mut raw) = Raw::connect_as(&self.host.socket(), WORKER)
                 && matches!(raw.hello(), Received::Frame(frame, _) if matches!(*frame, ServerFrame::Hello(_)))
+                && let Ok((outcome, _)) = raw.ask_as(id, request.clone(), &[])
             {
-                return Some(raw);
+                return Some(outcome);
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        self.wrong.push(format!("no Hello within {PATIENCE:?}"));
+        self.wrong.push(format!("{} was not answered within {PATIENCE:?}", request.operation().name));
         None
     }
 
