@@ -69,11 +69,12 @@ fn main() -> ExitCode {
                 println!("  {count:6} {answer}");
             }
             println!(
-                "clean: {} rounds, {} steps, {} kills, {} starts of the supervisor, {took:.1} s, {:.1} rounds a second, seed {}",
+                "clean: {} rounds, {} steps, {} kills, {} starts of the supervisor ({} for the packet filter's sake), {took:.1} s, {:.1} rounds a second, seed {}",
                 summary.rounds,
                 summary.steps,
                 summary.kills,
                 summary.starts,
+                summary.mended,
                 summary.rounds as f64 / took,
                 settings.seed
             );
@@ -82,6 +83,8 @@ fn main() -> ExitCode {
         Err(found) => {
             println!("found in round {} (--seed {} --from {} --rounds 1, or from the last multiple of ten):", found.round, settings.seed, found.round);
             found.steps.iter().for_each(|step| println!("  {step}"));
+            println!("and the answers, as they were taken note of:");
+            found.heard.iter().for_each(|answer| println!("  {answer}"));
             found.wrong.iter().for_each(|sentence| println!("WRONG: {sentence}"));
             println!("---- the end of supervisor.log ----\n{}", found.log);
             ExitCode::FAILURE

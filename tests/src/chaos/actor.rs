@@ -9,8 +9,9 @@ use crate::wire::{Hostile, Raw, Received};
 use diarch_ipc::Error;
 use diarch_ipc::client::State;
 use diarch_ipc::frame::{Outcome, ServerFrame};
-use diarch_ipc::name::{Label, RequestId, Tenancy};
+use diarch_ipc::name::{BadName, Bdf, Forward, IpText, Label, Mac, NetworkName, NicIndex, Port, Protocol, Queues, RequestId, ShareName, SocketName, Tenancy};
 use diarch_ipc::operation::{self, HostInventory, Reply, Request, SlotState, VmRecord};
+use diarch_ipc::spec::{Backend, Nic};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ struct Expected {
     alive: BTreeMap<Tenancy, u32>,
     /// VMs that were asked or made to end in this round: whether they run is anybody's guess.
     touched: BTreeSet<Tenancy>,
+    /// Cards of which a tap may be made yet, or was, and its descriptors went to a worker that is no more.
+    astray: BTreeSet<(Tenancy, u16)>,
 }
 
 pub struct Actor<'a> {
@@ -57,12 +60,18 @@ pub struct Actor<'a> {
     names: BTreeMap<usize, Known>,
     under_way: Vec<UnderWay>,
     expected: Expected,
+    /// Queues of taps that were opened and given to no VM yet, by their slot and card.
+    taps: BTreeMap<(Tenancy, u16), (Mac, Queues, Vec<OwnedFd>)>,
     hostile: Vec<Hostile>,
     /// What answers said that no supervisor should say.
     wrong: Vec<String>,
+    /// The answers of this round, as they were taken note of.
+    pub heard: Vec<String>,
     /// How often each operation was answered how.
     pub answers: BTreeMap<String, u64>,
     pub kills: u64,
+    /// How often only the supervisor's next start made the packet filter right.
+    pub mended: u64,
 }
 
 impl<'a> Actor<'a> {
@@ -74,10 +83,13 @@ impl<'a> Actor<'a> {
             names: BTreeMap::new(),
             under_way: Vec::new(),
             expected: Expected::default(),
+            taps: BTreeMap::new(),
             hostile: crate::wire::hostile_frames(),
             wrong: Vec::new(),
+            heard: Vec::new(),
             answers: BTreeMap::new(),
             kills: 0,
+            mended: 0,
         }
     }
 
@@ -144,20 +156,62 @@ impl<'a> Actor<'a> {
             Ask::Inventory => Request::HostInventory(operation::Inventory { after: None }),
             Ask::Claim => Request::VmClaim(operation::Claim { label: Label::new(label(name)).expect("a label") }),
             Ask::Spawn { words } => {
-                let (spec, files) = self.host.spec(WORDS[words]);
+                let (mut spec, files) = self.host.spec(WORDS[words]);
                 fds = files;
+                // The queues go to the VM with it, and are ours no more.
+                if let Some((mac, queues, tap)) = self.taps.remove(&(tenancy, 0)) {
+                    spec.nics.push(Nic { mac, backend: Backend::Tap { queues } });
+                    fds.extend(tap);
+                }
                 Request::VmSpawn(operation::Spawn { tenancy, spec })
             }
             Ask::Attach => Request::VmAttach(operation::Attach { tenancy }),
             Ask::Console => Request::VmConsole(operation::Console { tenancy }),
             Ask::Signal(signal) => Request::VmSignal(operation::Signal { tenancy, signal }),
             Ask::Release => Request::VmRelease(operation::Release { tenancy }),
+            Ask::OpenTap { nic, network, queues } => Request::TapOpen(operation::OpenTap {
+                tenancy,
+                nic: of(NicIndex::new(nic)),
+                network: of(NetworkName::new(network)),
+                mac: of(Mac::new(format!("52:54:00:00:{name:02x}:{nic:02x}"))),
+                address: (network == "bridged").then(|| IpText([192, 0, 2, 10 + 2 * name as u8 + nic as u8].into())),
+                queues: of(Queues::new(queues)),
+            }),
+            Ask::Publish { nic, first, count } => {
+                let forward = |n: u64| Forward {
+                    protocol: Protocol::Tcp,
+                    host_address: IpText(super::enclosure::ADDRESS.into()),
+                    host_port: of(Port::new(2000 + n)),
+                    guest_port: of(Port::new(80)),
+                };
+                Request::NetPublish(operation::Publish { tenancy, nic: of(NicIndex::new(nic)), forwards: (first..first + count).map(forward).collect() })
+            }
+            Ask::Withdraw => Request::NetWithdraw(operation::Withdraw { tenancy }),
+            Ask::Listen { port } => {
+                Request::PortListen(operation::Listen { protocol: Protocol::Tcp, address: IpText(super::enclosure::ADDRESS.into()), port: of(Port::new(port)) })
+            }
+            Ask::AttachMount { share, access } => Request::MountAttach(operation::AttachMount { tenancy, share: of(ShareName::new(share)), access }),
+            Ask::DetachMount { share } => Request::MountDetach(operation::DetachMount { tenancy, share: of(ShareName::new(share)) }),
+            Ask::Connect => Request::SocketConnect(operation::ConnectSocket { socket: of(SocketName::new(super::plan::SOCKET)) }),
+            Ask::Bind { function } => Request::VfioBind(operation::Bind { tenancy, function: of(Bdf::new(function)) }),
+            Ask::Unbind { function } => Request::VfioRelease(operation::Unbind { tenancy, function: of(Bdf::new(function)) }),
+            Ask::Recover { function } => Request::VfioRecover(operation::Recover { tenancy, function: of(Bdf::new(function)) }),
         };
         if matches!(ask, Ask::Signal(_) | Ask::Release) {
             self.touch(tenancy);
         }
         if ask == Ask::Release {
             self.expected.held.remove(&tenancy);
+        }
+        if let Request::TapOpen(open) = &request {
+            // The one before it goes, whatever becomes of this.
+            let card = (open.tenancy, open.nic.get());
+            self.taps.remove(&card);
+            // Two at once: asked again after a death, either may be the later one.
+            let same = |other: &UnderWay| matches!(&other.request, Request::TapOpen(other) if (other.tenancy, other.nic.get()) == card);
+            if self.under_way.iter().any(same) {
+                self.expected.astray.insert(card);
+            }
         }
         let lasting = matches!(ask, Ask::Spawn { words } if words < LASTING);
         let asked = self.session().begin(request.clone(), fds);
@@ -167,7 +221,7 @@ impl<'a> Actor<'a> {
     fn finish(&mut self, under_way: UnderWay) {
         let UnderWay { name, request, lasting, asked } = under_way;
         // The session that asked may be gone by now, and its questions with it.
-        let Some(answered) = asked.answer() else { return };
+        let Some(answered) = asked.answer() else { return self.forget(&request) };
         let operation = request.operation().name;
         let kind = match &answered {
             Ok(_) => "ok".to_owned(),
@@ -176,9 +230,10 @@ impl<'a> Actor<'a> {
             Err(error) => error.kind().to_owned(),
         };
         *self.answers.entry(format!("{operation}: {kind}")).or_insert(0) += 1;
+        self.heard.push(format!("{operation} of {}: {}", label(name), answered.as_ref().map_or_else(ToString::to_string, |(reply, _)| format!("{reply:?}"))));
         match answered {
             Ok((reply, fds)) => self.believe(name, &request, &reply, fds, lasting),
-            Err(Error::Superseded) => {}
+            Err(Error::Superseded) => self.forget(&request),
             Err(error @ (Error::Timeout { .. } | Error::Exhausted { retry_after_ms: Some(_), .. })) => {
                 self.wrong.push(format!("{operation} of {}: {error}", label(name)))
             }
@@ -191,9 +246,14 @@ impl<'a> Actor<'a> {
     }
 
     fn believe(&mut self, name: usize, request: &Request, reply: &Reply, fds: Vec<OwnedFd>, lasting: bool) {
-        let expected = request.operation().fds_out.len();
-        if fds.len() != expected {
-            self.wrong.push(format!("{} of {} came with {} descriptors in place of {expected}", request.operation().name, label(name), fds.len()));
+        let row = request.operation();
+        let expected = match request {
+            Request::TapOpen(ask) => ask.queues.get().into(),
+            _ => row.fds_out.iter().filter(|name| !name.ends_with('?')).count(),
+        };
+        let most = expected + row.fds_out.iter().filter(|name| name.ends_with('?')).count();
+        if !(expected..=most).contains(&fds.len()) {
+            self.wrong.push(format!("{} of {} came with {} descriptors in place of {expected}", row.name, label(name), fds.len()));
         }
         match (request, reply) {
             (_, Reply::VmClaim(claimed)) => self.claimed(name, claimed.tenancy),
@@ -202,6 +262,10 @@ impl<'a> Actor<'a> {
             }
             (Request::VmSpawn(ask), Reply::VmSpawn(spawned)) if lasting && !self.expected.touched.contains(&ask.tenancy) => {
                 self.expected.alive.insert(ask.tenancy, spawned.pid);
+            }
+            // Held, so that the tap is there: until a VM gets it, or its slot is released.
+            (Request::TapOpen(ask), Reply::TapOpen(_)) if !self.expected.astray.contains(&(ask.tenancy, ask.nic.get())) => {
+                self.taps.insert((ask.tenancy, ask.nic.get()), (ask.mac.clone(), ask.queues, fds));
             }
             _ => {}
         }
@@ -268,7 +332,17 @@ impl<'a> Actor<'a> {
         // What it had asked is asked no more. Whether it was done, the inventory will tell.
         self.session = None;
         self.rival = None;
-        self.under_way.clear();
+        for forgotten in std::mem::take(&mut self.under_way) {
+            self.forget(&forgotten.request);
+        }
+    }
+
+    /// It was asked, and nobody will hear the answer.
+    fn forget(&mut self, request: &Request) {
+        if let Request::TapOpen(ask) = request {
+            self.taps.remove(&(ask.tenancy, ask.nic.get()));
+            self.expected.astray.insert((ask.tenancy, ask.nic.get()));
+        }
     }
 
     fn kill(&mut self, victim: Victim) {
@@ -312,6 +386,14 @@ impl<'a> Actor<'a> {
         [std::process::id().cast_signed(), manager.pid()].into_iter().chain(supervisor).collect()
     }
 
+    /// Waits for a supervisor that is another one than the present.
+    pub fn restart(&mut self) -> Result<(), String> {
+        let before = self.host.manager().unit(Unit::Supervisor);
+        self.host.manager().ask(&stand_in::Ask::Kill(Unit::Supervisor, nix::libc::SIGTERM)).map_err(|error| error.to_string())?;
+        self.host.manager().wait_ready(Unit::Supervisor, before.starts, PATIENCE);
+        Ok(())
+    }
+
     // ---- the end of a round ----
 
     /// Waits for every answer, and for a supervisor that serves one worker. What is wrong by then.
@@ -339,6 +421,11 @@ impl<'a> Actor<'a> {
             Ok((Reply::HostInventory(inventory), _)) => Ok(inventory),
             other => Err(format!("host.inventory: {other:?}")),
         }
+    }
+
+    /// The taps whose queues we have, of slots that were not released: (slot, card). A release takes a tap away from whoever holds it.
+    pub fn held_taps(&self) -> Vec<(u64, u64)> {
+        self.taps.keys().filter(|(tenancy, _)| self.expected.held.contains(tenancy)).map(|(tenancy, nic)| (tenancy.slot.get().into(), (*nic).into())).collect()
     }
 
     /// What was promised and is not so.
@@ -383,6 +470,7 @@ impl<'a> Actor<'a> {
                 expected.alive.insert(vm.tenancy(), pid);
             }
         }
+        self.taps.retain(|(tenancy, _), _| expected.held.contains(tenancy));
         self.expected = expected;
     }
 
@@ -393,8 +481,14 @@ impl<'a> Actor<'a> {
             let ask = Request::VmRelease(operation::Release { tenancy: vm.tenancy() });
             self.session().ask(ask, Vec::new()).map_err(|error| format!("the release of {}: {error}", vm.label))?;
         }
+        self.taps.clear();
         Ok(())
     }
+}
+
+/// What a plan says keeps the rules of its type.
+fn of<T>(value: Result<T, BadName>) -> T {
+    value.unwrap_or_else(|error| panic!("the plan: {error}"))
 }
 
 fn kill(pid: i32) {

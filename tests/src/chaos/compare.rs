@@ -9,6 +9,7 @@
 
 use super::kernel::{Facts, Noun, Process, described};
 use super::ledger::Ledger;
+use super::network;
 use diarch_ipc::operation::VmRecord;
 use serde_json::Value;
 
@@ -41,6 +42,11 @@ impl Explained {
             may.add(Noun::File, &file);
             may.add(Noun::Socket, format!("run/{file}"));
         }
+        // A mount hangs from the supervisor's descriptor, which shows its root, and from the one that the service manager keeps.
+        for _ in record["resources"]["mounts"].as_array().into_iter().flatten() {
+            must.add(Noun::Descriptor, "/");
+            must.add(Noun::Kept, "/");
+        }
         if let Some((pid, start_time)) = Ledger::process(record) {
             must.add(Noun::Process, Process::fact(pid, start_time, record["uid"].as_u64().and_then(|uid| u32::try_from(uid).ok()).unwrap_or(u32::MAX)));
             must.add(Noun::Descriptor, "anon_inode:[pidfd]");
@@ -51,8 +57,10 @@ impl Explained {
 }
 
 /// What is wrong, in sentences; none: all agree.
-pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, told: &[VmRecord]) -> Vec<String> {
-    let mut wrong = kernel(start, now, &Explained::by(ledger));
+pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, held: &[(u64, u64)], told: &[VmRecord]) -> Vec<String> {
+    let mut explained = Explained::by(ledger);
+    let mut wrong = network::differences(start, now, ledger, held, &mut explained);
+    wrong.extend(kernel(start, now, &explained));
     wrong.extend(inventory(ledger, told));
     wrong
 }

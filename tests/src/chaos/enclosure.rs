@@ -5,10 +5,14 @@
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use std::io;
+use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
 /// Where everything of the run is: a file system in memory that nobody else sees.
 const SCRATCH: &str = "/run";
+/// A bridge that root made, and its address.
+pub const BRIDGE: &str = "br0";
+pub const ADDRESS: [u8; 4] = [192, 0, 2, 1];
 
 /// Runs this very program again, as the first process of its own namespaces, with `arguments`. Must be called while there is one thread.
 pub fn enter(arguments: &[String]) -> io::Result<ExitStatus> {
@@ -33,6 +37,46 @@ pub fn furnish() -> io::Result<()> {
             mount(Some("tmpfs"), &entry.path(), Some("tmpfs"), plain, Some("mode=755"))?;
         }
     }
-    let up = Command::new("ip").args(["link", "set", "lo", "up"]).stdin(Stdio::null()).status()?;
-    if up.success() { Ok(()) } else { Err(io::Error::other("ip link set lo up")) }
+    // Addresses that the kernel makes by itself, now and then, would be found.
+    for (what, value) in [("ipv4/ip_forward", "1"), ("ipv6/conf/all/disable_ipv6", "1"), ("ipv6/conf/default/disable_ipv6", "1")] {
+        let path = format!("/proc/sys/net/{what}");
+        match std::fs::write(&path, value) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io::Error::other(format!("{path}: {error}"))),
+            _ => {}
+        }
+    }
+    let address = std::net::Ipv4Addr::from(ADDRESS);
+    for line in [
+        "ip link set lo up".to_owned(),
+        // With an address of its own: one that has none takes the lowest of its ports'.
+        format!("ip link add {BRIDGE} address 02:00:00:00:00:01 type bridge"),
+        format!("ip link set {BRIDGE} up"),
+        format!("ip address add {address}/24 dev {BRIDGE}"),
+        "nft add table inet somebodys; add chain inet somebodys input { type filter hook input priority 0; }; add rule inet somebodys input tcp dport 1 drop"
+            .to_owned(),
+    ] {
+        let words: Vec<&str> = if line.starts_with("nft") { line.splitn(2, ' ').collect() } else { line.split(' ').collect() };
+        if !Command::new(words[0]).args(&words[1..]).stdin(Stdio::null()).status()?.success() {
+            return Err(io::Error::other(line));
+        }
+    }
+    for directory in ["shared", "read-only"] {
+        std::fs::create_dir(Path::new(SCRATCH).join(directory))?;
+    }
+    // Somebody's service that is root's alone.
+    let listener = std::os::unix::net::UnixListener::bind(Path::new(SCRATCH).join("service.sock"))?;
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    Ok(())
+}
+
+/// What the run's host has, as its grants.
+pub fn grants() -> String {
+    let address = std::net::Ipv4Addr::from(ADDRESS);
+    format!(
+        "[network.bridged]\nbridge = \"{BRIDGE}\"\n[network.routed]\nrouted = \"10.77.0.0/20\"\nmasquerade = true\n\
+         [ports]\npublish = [\"{address}:2000-2999\"]\nlisten = [\"{address}:80-82\"]\n\
+         [mounts.memory]\ntmpfs_mib = 1\nwrite = true\n[mounts.directory]\ndirectory = \"{SCRATCH}/shared\"\nwrite = true\n\
+         [mounts.read-only]\ndirectory = \"{SCRATCH}/read-only\"\n[sockets.service]\npath = \"{SCRATCH}/service.sock\"\n\
+         [devices]\nallow = [\"0000:17:00.0\", \"0000:01:00.0\", \"0000:01:00.1\"]\n"
+    )
 }

@@ -33,6 +33,8 @@ pub enum Noun {
     Port,
     /// A descriptor of the supervisor's, by its kind.
     Descriptor,
+    /// A descriptor that the service manager has, by its kind: what it keeps for the next supervisor.
+    Kept,
 }
 
 impl fmt::Display for Noun {
@@ -63,6 +65,7 @@ impl Facts {
 #[derive(Debug, Clone)]
 pub struct View {
     pub supervisor: i32,
+    pub manager: i32,
     /// Processes that are this run's own.
     pub own: Vec<i32>,
     pub run_directory: PathBuf,
@@ -118,9 +121,11 @@ pub fn look(view: &View) -> io::Result<Facts> {
         }
     }
     ports(&mut facts);
-    for fd in fs::read_dir(format!("/proc/{}/fd", view.supervisor))?.flatten() {
-        if let Ok(target) = fs::read_link(fd.path()) {
-            facts.add(Noun::Descriptor, descriptor(&target.to_string_lossy()));
+    for (noun, pid) in [(Noun::Descriptor, view.supervisor), (Noun::Kept, view.manager)] {
+        for fd in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+            if let Ok(target) = fs::read_link(fd.path()) {
+                facts.add(noun, descriptor(&target.to_string_lossy()));
+            }
         }
     }
     Ok(facts)

@@ -1,6 +1,7 @@
 //! What a round does: decided by the seed and the round's number, and by nothing else.
 
 use diarch_ipc::operation::SignalKind;
+use diarch_ipc::spec::DiskAccess;
 use std::fmt;
 
 /// VMs by name; one more than there are slots, so that slots run out.
@@ -58,12 +59,53 @@ pub const LASTING: usize = 2;
 pub enum Ask {
     Inventory,
     Claim,
-    Spawn { words: usize },
+    Spawn {
+        words: usize,
+    },
     Attach,
     Console,
     Signal(SignalKind),
     Release,
+    OpenTap {
+        nic: u64,
+        network: &'static str,
+        queues: u64,
+    },
+    /// The ports of this many VMs' worth, from the first one on.
+    Publish {
+        nic: u64,
+        first: u64,
+        count: u64,
+    },
+    Withdraw,
+    Listen {
+        port: u64,
+    },
+    AttachMount {
+        share: &'static str,
+        access: DiskAccess,
+    },
+    DetachMount {
+        share: &'static str,
+    },
+    Connect,
+    Bind {
+        function: &'static str,
+    },
+    Unbind {
+        function: &'static str,
+    },
+    Recover {
+        function: &'static str,
+    },
 }
+
+/// What the grants of the run call them.
+pub const NETWORKS: [&str; 2] = ["bridged", "routed"];
+pub const SHARES: [&str; 3] = ["memory", "directory", "read-only"];
+pub const SOCKET: &str = "service";
+/// One alone, one of two in a group.
+pub const FUNCTIONS: [&str; 3] = ["0000:17:00.0", "0000:01:00.0", "0000:01:00.1"];
 
 /// In whose name it is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,7 +217,7 @@ pub fn plan(seed: u64, round: u64) -> Vec<Step> {
             0..=71 => {
                 let ask = ask(&mut random);
                 // Most of what is asked of nobody's slot is refused at the door: not too much of that.
-                if !matches!(ask, Ask::Claim | Ask::Inventory | Ask::Release) && random.below(3) > 0 {
+                if !matches!(ask, Ask::Claim | Ask::Inventory | Ask::Release | Ask::Listen { .. } | Ask::Connect) && random.below(3) > 0 {
                     steps.push(Step::Ask { name, ask: Ask::Claim, claim: Claim::Own, then: Then::Wait });
                 }
                 // The longest of them makes some three hundred.
@@ -208,7 +250,17 @@ pub fn plan(seed: u64, round: u64) -> Vec<Step> {
 fn ask(random: &mut Random) -> Ask {
     let spawn = Ask::Spawn { words: random.weighed(&[(6, 0), (1, 1), (1, 2), (1, 3), (1, 4)]) };
     let signal = Ask::Signal(random.pick(&[SignalKind::Kill, SignalKind::Terminate]));
-    random.weighed(&[(24, Ask::Claim), (30, spawn), (18, Ask::Release), (8, signal), (5, Ask::Attach), (5, Ask::Console), (4, Ask::Inventory)])
+    let nic = random.next() % 2;
+    let tap = Ask::OpenTap { nic, network: random.pick(&NETWORKS), queues: 1 + random.next() % 2 };
+    let publish = Ask::Publish { nic, first: random.next() % 6, count: random.next() % 4 };
+    let (share, access) = (random.pick(&SHARES), random.pick(&[DiskAccess::ReadOnly, DiskAccess::ReadWrite]));
+    let function = random.pick(&FUNCTIONS);
+    let listen = Ask::Listen { port: 80 + random.next() % 3 };
+    let vm = [(24, Ask::Claim), (34, spawn), (18, Ask::Release), (8, signal), (5, Ask::Attach), (5, Ask::Console), (4, Ask::Inventory)];
+    let network = [(20, tap), (8, publish), (4, Ask::Withdraw), (2, listen)];
+    let mounts = [(8, Ask::AttachMount { share, access }), (4, Ask::DetachMount { share }), (2, Ask::Connect)];
+    let devices = [(8, Ask::Bind { function }), (4, Ask::Unbind { function }), (2, Ask::Recover { function })];
+    random.weighed(&[&vm[..], &network, &mounts, &devices].concat())
 }
 
 fn claim(random: &mut Random) -> Claim {
@@ -232,9 +284,12 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_step_comes_within_a_few_rounds() {
-        let steps: Vec<String> = (0..60).flat_map(|round| plan(1, round)).map(|step| step.to_string()).collect();
+    fn every_kind_of_step_comes_within_two_hundred_rounds() {
+        let steps: Vec<String> = (0..200).flat_map(|round| plan(1, round)).map(|step| step.to_string()).collect();
         for kind in ["Claim", "Spawn", "Attach", "Console", "Signal", "Release", "Forged", "Former", "go on", "twice", "killed in between", "system call"] {
+            assert!(steps.iter().any(|step| step.contains(kind)), "no step with {kind}");
+        }
+        for kind in ["OpenTap", "Publish", "Withdraw", "Listen", "AttachMount", "DetachMount", "Connect", "Bind", "Unbind", "Recover"] {
             assert!(steps.iter().any(|step| step.contains(kind)), "no step with {kind}");
         }
         for kind in ["kill Supervisor", "kill Qemu", "kill Child", "another worker", "hostile frame", "pause"] {
