@@ -658,6 +658,8 @@ fn what_no_grant_opens_is_denied_by_the_grant_that_its_row_names() {
             Outcome::Error(Error::Denied { grant, .. }) => grant.clone(),
             // A limit of the grants' that is reached.
             Outcome::Error(Error::Exhausted { what, .. }) => what.clone(),
+            // Where no network is granted, there is no tap that anything could be published for.
+            Outcome::Error(Error::NotFound { what }) if row.name == "net.publish" && what.contains("tap.open comes first") => continue,
             other => {
                 assert!(unbuilt(other), "{}: {outcome:?}", row.name);
                 continue;
