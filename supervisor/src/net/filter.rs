@@ -1,4 +1,5 @@
-//! The packet filter's rules, handed to `nft`: the whole of our two tables in one transaction, so that there is no moment without them (nft(8), "replace atomically").
+//! The packet filter's rules, handed to `nft`: the whole of our two tables in one transaction, so that there is no moment without them (nft(8), "replace
+//! atomically").
 //!
 //! A supervisor may die at any step of this, so:
 //! * the text is complete, in a sealed memory file, before nft starts: half of it could be a script that only deletes;

@@ -48,8 +48,8 @@ fn cards(supervisor: &Supervisor, except: Option<&Record>) -> Vec<rules::Card> {
     rules::cards(&supervisor.grants, records)
 }
 
-/// Takes a slot's taps and published ports away: with its release. A packet filter that can't be set does not hold the slot: without a tap, its rules lead nowhere,
-/// and no tap comes up before they are right again.
+/// Takes a slot's taps and published ports away: with its release. A packet filter that can't be set does not hold the slot: without a tap, its rules lead
+/// nowhere, and no tap comes up before they are right again.
 pub async fn clear(supervisor: &Rc<Supervisor>, row: &'static Operation, record: &Record) -> Result<(), Error> {
     if record.resources.taps.is_empty() && record.resources.published.is_empty() {
         return Ok(());

@@ -1,7 +1,9 @@
 //! `port.listen`: a port of the host, bound for the worker, who has no right to it.
 //!
-//! A socket belongs for ever to the control group that it was made in, also when another process has it (`sk_cgrp_data` in the kernel). The supervisor's unit has
-//! `IPAddressDeny=any`, so a socket made here would hear nothing: root opens the unit where it grants ports. What the unit keeps shut is found out by sending to oneself.
+//! A socket belongs for ever to the control group that it was made in, also when another process has it (`sk_cgrp_data` in the kernel). The supervisor's unit
+//! has
+//! `IPAddressDeny=any`, so a socket made here would hear nothing: root opens the unit where it grants ports. What the unit keeps shut is found out by sending
+//! to oneself.
 
 use crate::grants::Grants;
 use crate::state::Supervisor;

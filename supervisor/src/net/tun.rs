@@ -1,7 +1,7 @@
 //! The tap device itself: made, and recognised again when its descriptor comes back (linux/if_tun.h).
 //!
-//! A tap without an owner may be attached to by whoever can open `/dev/net/tun`, which is everybody: its second queue would be a stranger's for the asking. So each tap
-//! is root's (`TUNSETOWNER`), and what was attached before it was is counted (see `tap`). It is not persistent: it goes with its last descriptor.
+//! A tap without an owner may be attached to by whoever can open `/dev/net/tun`, which is everybody: its second queue would be a stranger's for the asking.
+//! So each tap is root's (`TUNSETOWNER`), and what was attached before it was is counted (see `tap`). It is not persistent: it goes with its last descriptor.
 
 #![allow(unsafe_code)]
 

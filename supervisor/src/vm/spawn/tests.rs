@@ -1,6 +1,6 @@
 use super::*;
 use diarch_ipc::Request;
-use diarch_ipc::name::{Cpus, Label, MiB, Port, Tenancy};
+use diarch_ipc::name::{Cpus, Label, Mac, MiB, NetworkName, Port, Queues, Tenancy};
 use diarch_ipc::operation::ExitStatus;
 
 fn grants() -> Grants {
@@ -126,6 +126,39 @@ fn a_port_that_another_vm_has_is_a_conflict_with_its_name() {
     all.extend(slots(vec![other(SlotState::Running, 100, 8080)]));
     let Error::Conflict { holder, .. } = judged(&all, |_| ()).unwrap_err() else { panic!() };
     assert_eq!(holder, "VM other");
+}
+
+#[test]
+fn a_port_that_is_published_for_another_vm_is_a_conflict_too() {
+    let mut other = record(1, "other", SlotState::Claimed, None);
+    let forward = forwards(&mut ask())[0];
+    other.resources.published = vec![crate::ledger::Publication { nic: NicIndex::new(0).unwrap(), forwards: vec![forward] }];
+    let mut all = claimed();
+    all.extend(slots(vec![other]));
+    let Error::Conflict { holder, reason } = judged(&all, |_| ()).unwrap_err() else { panic!() };
+    assert!(holder == "VM other" && reason.contains("published"), "{reason}");
+}
+
+#[test]
+fn a_card_on_a_tap_is_the_one_that_the_tap_was_opened_for() {
+    let tap = |ask: &mut Spawn, mac: &str, queues: u64| {
+        let queues = Queues::new(queues).unwrap();
+        ask.spec.nics = vec![Nic { mac: Mac::new(mac).unwrap(), backend: Backend::Tap { queues } }];
+        ask.spec.nics[0].clone()
+    };
+    assert_eq!(judged(&claimed(), |ask| drop(tap(ask, "52:54:00:00:00:01", 1))).unwrap_err().kind(), "not-found");
+    let mut all = claimed();
+    all.get_mut(&Slot::new(0).unwrap()).unwrap().record.resources.taps = vec![crate::ledger::Tap {
+        nic: NicIndex::new(0).unwrap(),
+        network: NetworkName::new("lan").unwrap(),
+        mac: Mac::new("52:54:00:00:00:01").unwrap(),
+        address: None,
+        queues: Queues::new(1).unwrap(),
+    }];
+    judged(&all, |ask| drop(tap(ask, "52:54:00:00:00:01", 1))).unwrap();
+    for (mac, queues) in [("52:54:00:00:00:02", 1), ("52:54:00:00:00:01", 2)] {
+        assert_eq!(judged(&all, |ask| drop(tap(ask, mac, queues))).unwrap_err().kind(), "invalid");
+    }
 }
 
 #[test]
