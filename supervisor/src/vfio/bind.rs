@@ -22,6 +22,10 @@ pub async fn bind(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &Bi
     if let Some(answer) = taken_already(supervisor.devices.with(&ask.function).as_ref(), &holder, &ask.function)? {
         return Ok(answer);
     }
+    // Where nothing is granted, a worker learns nothing of the host's devices either.
+    if supervisor.grants.devices.allow.is_empty() {
+        return Err(Error::denied("devices.allow", format!("nothing is in it, and so not {}", ask.function)));
+    }
     let function = ask.function.clone();
     let found = supervisor.look(move |host| facts::group_of(host, &function)).await?;
     let group = found.ok_or_else(|| Error::NotFound { what: format!("the PCI function {}", ask.function) })?;
