@@ -20,6 +20,7 @@ use diarch_ipc::Error;
 use diarch_ipc::name::{IpText, Mac, NicIndex, Slot};
 use diarch_ipc::operation::{OpenTap, Operation, TapOpened};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
@@ -68,16 +69,19 @@ pub async fn open(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &Op
     let _lock = supervisor.lock(ask.tenancy).await?;
     supervisor.check_state(row, ask.tenancy)?;
     let slot = ask.tenancy.slot;
-    if supervisor.host.is_rehearsed() {
-        return Err(Error::Unsupported { missing: "a tap can't be had in a rehearsal: it needs root".into() });
-    }
-    let facts = supervisor.act(row, slot, "look at interfaces", gather).await??;
+    let facts = if supervisor.host.is_rehearsed() { staged(&supervisor.grants) } else { supervisor.act(row, slot, "look at interfaces", gather).await?? };
 
     let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), ask, &facts)?;
 
     let before = supervisor.with(ask.tenancy, |vm| vm.record.clone())?;
     supervisor.record(vetted.record.clone())?;
     let answer = opened(&vetted, slot);
+    let would = || format!("make the tap {} with {} queues on network {}, and its rules", answer.name, vetted.tap.queues, vetted.tap.network);
+    if supervisor.host.rehearses(would) {
+        let stand_in = || File::options().read(true).write(true).open("/dev/null").map(|null| Rc::new(OwnedFd::from(null)));
+        let fds = (0..ask.queues.get()).map(|_| stand_in()).collect::<io::Result<_>>().map_err(|error| Error::io("open /dev/null", &error))?;
+        return Ok((answer, fds));
+    }
     let made = {
         // No other's rules in between: they would not have this tap, which is there.
         let _one = supervisor.filter.lock().await;
@@ -100,6 +104,17 @@ fn opened(opening: &Opening, slot: Slot) -> TapOpened {
         Plug::Routed { gateway, guest } => (Some(IpText(guest.into())), Some(IpText(gateway.into()))),
     };
     TapOpened { name: name(slot, opening.tap.nic), mtu: opening.mtu, address, gateway }
+}
+
+/// What a rehearsal takes the host to be: it forwards, and has every bridge that is granted.
+fn staged(grants: &Grants) -> Facts {
+    let bridges = grants.network.values().filter_map(|network| match network.place() {
+        Ok(Place::Bridge(name)) => Some(name.to_owned()),
+        _ => None,
+    });
+    let link =
+        |(index, name)| Link { index, name, kind: "bridge".into(), master: None, address: [0; 6], mtu: 1500, owner: None, queues: None, disabled_queues: None };
+    Facts { links: (1..).zip(bridges).map(link).collect(), forwards: true }
 }
 
 fn gather() -> Result<Facts, Error> {

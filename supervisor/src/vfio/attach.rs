@@ -63,6 +63,9 @@ impl Attachment {
         if self.groups.is_empty() {
             return Ok(());
         }
+        if supervisor.host.rehearses(|| format!("open /dev/vfio/{:?} to user {uid}", self.groups)) {
+            return self.records(supervisor).into_iter().try_for_each(|record| supervisor.devices.put(Record { state: DeviceState::Attached, ..record }));
+        }
         let done = self.open(supervisor, row, slot, uid).await;
         if done.is_err() {
             self.detach(supervisor, row, slot).await;

@@ -33,6 +33,11 @@ pub struct NotTaken {
     pub left: Option<String>,
 }
 
+/// The functions of a group, in words.
+fn named(record: &Record) -> String {
+    record.functions.iter().map(|taken| taken.function.as_str()).collect::<Vec<_>>().join(", ")
+}
+
 /// Takes a group, or gives all of it back.
 pub fn take(host: &Host, record: &Record, progress: &Progress) -> Result<(), NotTaken> {
     let taken = hold(host, record, progress).and_then(|()| Ok(progress.step("end".into())?));
@@ -44,6 +49,9 @@ pub fn take(host: &Host, record: &Record, progress: &Progress) -> Result<(), Not
 
 /// All functions of the group are vfio-pci's, and its node is there.
 pub fn hold(host: &Host, record: &Record, progress: &Progress) -> Result<(), Error> {
+    if host.rehearses(|| format!("take {} from their drivers, and give them to {VFIO_DRIVER}", named(record))) {
+        return Ok(());
+    }
     for taken in &record.functions {
         progress.step(format!("write {}'s driver_override", taken.function))?;
         set_override(host, taken, Some(VFIO_DRIVER)).map_err(|error| step(taken, "driver_override", &error))?;
@@ -67,6 +75,9 @@ pub fn hold(host: &Host, record: &Record, progress: &Progress) -> Result<(), Err
 
 /// Whether the group is as it was when it was taken, and vfio-pci's.
 pub fn verify(host: &Host, record: &Record) -> Result<(), Error> {
+    if host.is_rehearsed() {
+        return Ok(());
+    }
     for taken in &record.functions {
         let differs = |what: String| Error::Failed { step: format!("look at {} again", taken.function), errno: None, detail: what };
         match facts::group_of(host, &taken.function)? {
@@ -90,6 +101,9 @@ pub fn verify(host: &Host, record: &Record) -> Result<(), Error> {
 
 /// Gives a group back to the drivers that it was taken from. All that can go back does; what can't is told. A function that is gone needs nothing.
 pub fn give_back(host: &Host, record: &Record, progress: &Progress) -> Result<(), String> {
+    if host.rehearses(|| format!("give {} back to their drivers", named(record))) {
+        return Ok(());
+    }
     let mut troubles = Vec::new();
     let mut going = Vec::new();
     for taken in record.functions.iter().rev() {
@@ -159,6 +173,9 @@ fn bind(host: &Host, taken: &Taken, driver: &str) -> Result<(), String> {
 
 /// Resets the group: each function that can be, all of them through another bind, and those that can be again.
 pub fn reset(host: &Host, record: &Record, progress: &Progress) -> Result<(), String> {
+    if host.rehearses(|| format!("reset {}", named(record))) {
+        return answers(host, record);
+    }
     let failed = |taken: &Taken, what: &str, error: &dyn std::fmt::Display| format!("{}: {what}: {error}", taken.function);
     let wanted = |step: Result<(), Abandoned>| step.map_err(|_| "nobody waits for the reset any more".to_owned());
     let reset = |taken: &Taken| {

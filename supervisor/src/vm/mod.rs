@@ -13,6 +13,7 @@
 //! | `argv`      |                               | the argument vector, from a typed specification              |
 //! | `jail`      |                               | what a program is started in, and how                        |
 //! | `scope`     |                               | its systemd unit, with the limits that the kernel keeps      |
+//! | `stage`     |                               | what of it is started in a rehearsal                         |
 //! | `sockets`   |                               | QEMU's monitor and console sockets                           |
 //!
 //! Every operation reads: **vet, record, act** (audit and reply stand around all of them, in `dispatch`).
@@ -28,4 +29,5 @@ pub mod scope;
 pub mod signal;
 pub mod sockets;
 pub mod spawn;
+pub mod stage;
 pub mod watch;

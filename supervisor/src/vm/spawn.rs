@@ -13,7 +13,7 @@
 //! Killed anywhere in between, the supervisor leaves either nothing or a QEMU whose pid the ledger knows.
 
 use super::scope::{self, Scope};
-use super::{argv, jail, sockets, watch};
+use super::{argv, jail, sockets, stage, watch};
 use crate::audit::now_ms;
 use crate::grants::Grants;
 use crate::ledger::{Ledger, Process, Record, Run};
@@ -233,7 +233,8 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
                     fd::no_external_data(fd, index)?;
                 }
             }
-            let queues = own_taps(&fds, &roles, slot, &nics)?;
+            // In a rehearsal they stand for taps, and are none.
+            let queues = if walls == jail::Walls::Stage { 0 } else { own_taps(&fds, &roles, slot, &nics)? };
             let vhost = net::tap::vhost(&vhost, queues);
             let (program, hashed) = qemu::open(&name, &granted, owner, known)?;
             let libraries = qemu::libraries(&name, &granted)?;
@@ -285,14 +286,19 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
     // A stage's nodes are nobody's to open.
     let nodes =
         if facts.staged { Vec::new() } else { vfio::node::names(facts.devices.iter().map(|passed| passed.group).collect::<std::collections::BTreeSet<_>>()) };
+    let staged = facts.walls == jail::Walls::Stage;
+    let shown = if staged { stage::playable(spec) } else { spec.clone() };
     Ok(Vetted::by_vet(Launch {
         record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
         argv: argv::render(
             &granted.path.to_string_lossy(),
             slot,
             &vm.record.label,
-            spec,
-            &argv::Beside { vhost: if facts.vhost.is_empty() { Presence::Absent } else { Presence::Given }, devices: &facts.devices },
+            &shown,
+            &argv::Beside {
+                vhost: if facts.vhost.is_empty() { Presence::Absent } else { Presence::Given },
+                devices: if staged { &[] } else { &facts.devices },
+            },
         ),
         program: facts.program.into(),
         fds: facts.fds.into_iter().chain(facts.vhost).collect(),

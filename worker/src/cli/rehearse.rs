@@ -56,7 +56,7 @@ pub fn rehearse(of: &Rehearsal<'_>, screen: &mut Screen<'_>) -> Result<Exit, Sto
     let granted = match of.grants {
         Some(file) => file.to_owned(),
         None => {
-            let text = grants::needed(&files.vms, &qemu, rustix::process::geteuid().as_raw());
+            let text = grants::needed(&files.vms, of.stage, &qemu, rustix::process::geteuid().as_raw());
             let file = place.root.join("grants.toml");
             std::fs::write(&file, &text).map_err(|error| Stop::failed(format!("{}: {error}", file.display())))?;
             if !screen.json {
