@@ -18,11 +18,13 @@
 //! | `ledger`    | the ledger's account                                                                   |
 //! | `compare`   | the accounts side by side                                                              |
 //! | `network`   | what of taps, routes and rules the ledger explains                                     |
+//! | `devices`   | what of devices the ledger explains                                                    |
 //! | `enclosure` | namespaces of the run's own                                                            |
 //! | `plant`     | something left behind on purpose: the run must find it                                 |
 
 pub mod actor;
 pub mod compare;
+pub mod devices;
 pub mod enclosure;
 pub mod kernel;
 pub mod ledger;
@@ -31,12 +33,14 @@ pub mod plan;
 pub mod plant;
 
 use crate::host::{Activation, Host};
+use crate::stage::{self, Shape, Stage};
 use crate::stand_in::Unit;
 use actor::{Actor, until_settled};
 use kernel::{Facts, View, look};
 use ledger::Ledger;
 use plant::Plant;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// What passes by itself (an end that is being noticed, a half-made child that is waited for) has passed by then.
@@ -86,7 +90,13 @@ pub struct Found {
 
 /// Runs in namespaces that are its own ([`enclosure`]).
 pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
-    let mut builder = Host::builder().without_worker().grants(LIMITS).grants(&enclosure::grants());
+    let directory = stage::directory();
+    let stage = Stage::build(directory.path(), &[Shape::SingleGpu, Shape::EightGpus]);
+    // What is no device of the stage's is the machine's.
+    for (name, of) in [("net", "/dev/net"), ("null", "/dev/null")] {
+        let _ = std::os::unix::fs::symlink(of, stage.root().join("dev").join(name));
+    }
+    let mut builder = Host::builder().on_stage(&stage).without_worker().grants(LIMITS).grants(&enclosure::grants());
     builder.vms_max = plan::SLOTS;
     builder.uid_first = Some(settings.users);
     builder.activation = Activation::Socket;
@@ -94,6 +104,7 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
     let mut chaos = Chaos {
         actor: Actor::new(&host),
         host: &host,
+        stage: stage.root().to_owned(),
         start: Facts::default(),
         harness: 0,
         patience: if settings.plant.is_some() { PLANTED } else { SETTLED },
@@ -133,6 +144,7 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
 struct Chaos<'a> {
     actor: Actor<'a>,
     host: &'a Host,
+    stage: PathBuf,
     start: Facts,
     /// Our own descriptors at the start.
     harness: usize,
@@ -175,6 +187,7 @@ impl Chaos<'_> {
             manager: self.host.manager().pid(),
             own: self.actor.own(),
             run_directory: self.host.inside("run"),
+            stage: self.stage.clone(),
             directory: self.host.path(""),
         };
         look(&view).map_err(|error| error.to_string())
@@ -213,7 +226,7 @@ impl Chaos<'_> {
         let told = self.actor.told()?;
         let ledger = Ledger::read(&self.host.inside("run"));
         let now = self.look()?;
-        let mut wrong = compare::differences(&self.start, &now, &ledger, &self.actor.held_taps(), &told.vms);
+        let mut wrong = compare::differences(&self.start, &now, &ledger, &self.actor.held_taps(), &told);
         wrong.extend(self.actor.broken_promises(&told.vms));
         if let Some(trouble) = told.audit.trouble.filter(|_| told.audit.lost > 0) {
             wrong.push(format!("the audit: {trouble}"));

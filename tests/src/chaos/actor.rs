@@ -62,6 +62,8 @@ pub struct Actor<'a> {
     expected: Expected,
     /// Queues of taps that were opened and given to no VM yet, by their slot and card.
     taps: BTreeMap<(Tenancy, u16), (Mac, Queues, Vec<OwnedFd>)>,
+    /// Devices that are bound for a VM, as far as we were told.
+    devices: BTreeMap<Tenancy, BTreeSet<Bdf>>,
     hostile: Vec<Hostile>,
     /// What answers said that no supervisor should say.
     wrong: Vec<String>,
@@ -84,6 +86,7 @@ impl<'a> Actor<'a> {
             under_way: Vec::new(),
             expected: Expected::default(),
             taps: BTreeMap::new(),
+            devices: BTreeMap::new(),
             hostile: crate::wire::hostile_frames(),
             wrong: Vec::new(),
             heard: Vec::new(),
@@ -163,6 +166,7 @@ impl<'a> Actor<'a> {
                     spec.nics.push(Nic { mac, backend: Backend::Tap { queues } });
                     fds.extend(tap);
                 }
+                spec.devices.extend(self.devices.get(&tenancy).into_iter().flatten().cloned());
                 Request::VmSpawn(operation::Spawn { tenancy, spec })
             }
             Ask::Attach => Request::VmAttach(operation::Attach { tenancy }),
@@ -203,6 +207,9 @@ impl<'a> Actor<'a> {
         if ask == Ask::Release {
             self.expected.held.remove(&tenancy);
         }
+        if let Request::VfioRelease(unbind) = &request {
+            self.devices.remove(&unbind.tenancy);
+        }
         if let Request::TapOpen(open) = &request {
             // The one before it goes, whatever becomes of this.
             let card = (open.tenancy, open.nic.get());
@@ -230,7 +237,12 @@ impl<'a> Actor<'a> {
             Err(error) => error.kind().to_owned(),
         };
         *self.answers.entry(format!("{operation}: {kind}")).or_insert(0) += 1;
-        self.heard.push(format!("{operation} of {}: {}", label(name), answered.as_ref().map_or_else(ToString::to_string, |(reply, _)| format!("{reply:?}"))));
+        let told = match &answered {
+            Ok((Reply::HostInventory(_), _)) => "an inventory".to_owned(),
+            Ok((reply, _)) => format!("{reply:?}"),
+            Err(error) => error.to_string(),
+        };
+        self.heard.push(format!("{operation} of {}: {told}", label(name)));
         match answered {
             Ok((reply, fds)) => self.believe(name, &request, &reply, fds, lasting),
             Err(Error::Superseded) => self.forget(&request),
@@ -262,6 +274,9 @@ impl<'a> Actor<'a> {
             }
             (Request::VmSpawn(ask), Reply::VmSpawn(spawned)) if lasting && !self.expected.touched.contains(&ask.tenancy) => {
                 self.expected.alive.insert(ask.tenancy, spawned.pid);
+            }
+            (Request::VfioBind(ask), Reply::VfioBind(_)) => {
+                self.devices.entry(ask.tenancy).or_default().insert(ask.function.clone());
             }
             // Held, so that the tap is there: until a VM gets it, or its slot is released.
             (Request::TapOpen(ask), Reply::TapOpen(_)) if !self.expected.astray.contains(&(ask.tenancy, ask.nic.get())) => {
@@ -471,6 +486,7 @@ impl<'a> Actor<'a> {
             }
         }
         self.taps.retain(|(tenancy, _), _| expected.held.contains(tenancy));
+        self.devices.retain(|tenancy, _| expected.held.contains(tenancy));
         self.expected = expected;
     }
 

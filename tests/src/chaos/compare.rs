@@ -9,8 +9,8 @@
 
 use super::kernel::{Facts, Noun, Process, described};
 use super::ledger::Ledger;
-use super::network;
-use diarch_ipc::operation::VmRecord;
+use super::{devices, network};
+use diarch_ipc::operation::{HostInventory, VmRecord};
 use serde_json::Value;
 
 /// What the ledger accounts for.
@@ -18,6 +18,8 @@ use serde_json::Value;
 pub struct Explained {
     pub must: Facts,
     pub may: Facts,
+    /// Of the start's, what need not be there now.
+    pub excused: Facts,
 }
 
 impl Explained {
@@ -57,11 +59,12 @@ impl Explained {
 }
 
 /// What is wrong, in sentences; none: all agree.
-pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, held: &[(u64, u64)], told: &[VmRecord]) -> Vec<String> {
+pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, held: &[(u64, u64)], told: &HostInventory) -> Vec<String> {
     let mut explained = Explained::by(ledger);
     let mut wrong = network::differences(start, now, ledger, held, &mut explained);
+    wrong.extend(devices::differences(start, now, ledger, &told.devices, &mut explained));
     wrong.extend(kernel(start, now, &explained));
-    wrong.extend(inventory(ledger, told));
+    wrong.extend(inventory(ledger, &told.vms));
     wrong
 }
 
@@ -73,7 +76,7 @@ fn kernel(start: &Facts, now: &Facts, explained: &Explained) -> Vec<String> {
     for key in all {
         let count = |of: &Facts| of.0.get(key).copied().unwrap_or(0);
         let (is, was) = (count(now), count(start));
-        let least = was + count(&explained.must);
+        let least = was.saturating_sub(count(&explained.excused)) + count(&explained.must);
         let most = was + count(&explained.must).max(count(&explained.may));
         let (noun, text) = key;
         if is > most {
@@ -136,7 +139,7 @@ mod tests {
 
     fn running() -> Ledger {
         let record = serde_json::json!({"state": "running", "uid": 300_001, "run": {"process": {"pid": 40, "start_time": 9}}});
-        Ledger { slots: [(1, record)].into() }
+        Ledger { slots: [(1, record)].into(), ..Ledger::default() }
     }
 
     #[test]

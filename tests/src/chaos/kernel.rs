@@ -33,6 +33,8 @@ pub enum Noun {
     Port,
     /// A descriptor of the supervisor's, by its kind.
     Descriptor,
+    /// A file or link of the stage on which devices are.
+    Device,
     /// A descriptor that the service manager has, by its kind: what it keeps for the next supervisor.
     Kept,
 }
@@ -69,6 +71,7 @@ pub struct View {
     /// Processes that are this run's own.
     pub own: Vec<i32>,
     pub run_directory: PathBuf,
+    pub stage: PathBuf,
     /// The host's directory.
     pub directory: PathBuf,
 }
@@ -109,6 +112,9 @@ pub fn look(view: &View) -> io::Result<Facts> {
         facts.add(Noun::Mount, mount(line));
     }
     tree(&view.run_directory, &view.run_directory, &mut facts);
+    for part in ["sys", "dev"] {
+        stage(&view.stage, &view.stage.join(part), &mut facts);
+    }
     let below = view.directory.to_string_lossy();
     for line in fs::read_to_string("/proc/net/unix")?.lines().skip(1) {
         // Num RefCount Protocol Flags Type St Inode Path; of connections, only the named end's flags say that it listens.
@@ -275,6 +281,24 @@ fn tree(root: &Path, directory: &Path, facts: &mut Facts) {
         facts.add(Noun::File, path.strip_prefix(root).unwrap_or(&path).to_string_lossy());
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             tree(root, &path, facts);
+        }
+    }
+}
+
+/// Names with their links, modes and content.
+fn stage(root: &Path, directory: &Path, facts: &mut Facts) {
+    use std::os::unix::fs::PermissionsExt;
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let name = path.strip_prefix(root).unwrap_or(&path).display();
+        let Ok(meta) = fs::symlink_metadata(&path) else { continue };
+        if meta.is_symlink() {
+            facts.add(Noun::Device, format!("{name} link {}", fs::read_link(&path).unwrap_or_default().display()));
+        } else if meta.is_dir() {
+            stage(root, &path, facts);
+        } else {
+            let content = fs::read(&path).unwrap_or_default();
+            facts.add(Noun::Device, format!("{name} file {:o} {}", meta.permissions().mode() & 0o7777, String::from_utf8_lossy(&content).trim_end()));
         }
     }
 }

@@ -9,6 +9,8 @@ use std::path::Path;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ledger {
     pub slots: BTreeMap<u64, Value>,
+    /// The groups of devices, by their number.
+    pub devices: BTreeMap<u64, Value>,
 }
 
 impl Ledger {
@@ -19,7 +21,7 @@ impl Ledger {
             let text = fs::read(entry.path().join("record.json")).unwrap_or_default();
             slots.insert(slot, serde_json::from_slice(&text).unwrap_or(Value::Null));
         }
-        Self { slots }
+        Self { slots, devices: super::devices::records(&run_directory.join("device")) }
     }
 
     pub fn state(record: &Value) -> &str {

@@ -131,7 +131,7 @@ mod tests {
     fn ledger() -> Ledger {
         let tap = serde_json::json!({"nic": 0, "network": "bridged", "mac": "52:54:00:00:00:01", "address": null, "queues": 1});
         let published = serde_json::json!({"nic": 0, "forwards": [{"host_port": 2001}]});
-        Ledger { slots: [(3, serde_json::json!({"state": "claimed", "resources": {"taps": [tap], "published": [published]}}))].into() }
+        Ledger { slots: [(3, serde_json::json!({"state": "claimed", "resources": {"taps": [tap], "published": [published]}}))].into(), ..Ledger::default() }
     }
 
     fn found(facts: &[(Noun, &str)], held: &[(u64, u64)]) -> Vec<String> {
