@@ -162,6 +162,7 @@ impl Chaos<'_> {
         if !wrong.is_empty() {
             return Err(wrong);
         }
+        self.actor.killed_child = false;
         let told = self.actor.told().map_err(|e| vec![e])?;
         self.actor.learn(&told.vms);
         // Its helper threads and their likes go by and by.
@@ -207,7 +208,8 @@ impl Chaos<'_> {
         let wrong = until_settled(patience, || {
             let wrong = self.compare(clear).unwrap_or_else(|wrong| vec![wrong]);
             // An nft that was killed leaves rules for a tap that is not there, until the next change. The next start is one, and must make them right.
-            if !restarted && started.elapsed() > patience / 4 && !wrong.is_empty() && wrong.iter().all(|sentence| network::is_of_the_filter(sentence)) {
+            let excused = self.actor.killed_child && !restarted;
+            if excused && started.elapsed() > patience / 4 && !wrong.is_empty() && wrong.iter().all(|sentence| network::is_of_the_filter(sentence)) {
                 restarted = true;
                 self.actor.mended += 1;
                 return self.actor.restart().err().into_iter().chain(wrong).collect();

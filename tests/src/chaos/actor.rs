@@ -72,6 +72,8 @@ pub struct Actor<'a> {
     /// How often each operation was answered how.
     pub answers: BTreeMap<String, u64>,
     pub kills: u64,
+    /// A helper's child was killed in this round: an nft, it may be.
+    pub killed_child: bool,
     /// How often only the supervisor's next start made the packet filter right.
     pub mended: u64,
 }
@@ -92,6 +94,7 @@ impl<'a> Actor<'a> {
             heard: Vec::new(),
             answers: BTreeMap::new(),
             kills: 0,
+            killed_child: false,
             mended: 0,
         }
     }
@@ -388,6 +391,7 @@ impl<'a> Actor<'a> {
                             self.expected.touched.insert(tenancy);
                         }
                     }
+                    self.killed_child = true;
                     kill(children[which % children.len()]);
                 }
             }
