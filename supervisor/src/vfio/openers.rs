@@ -2,6 +2,8 @@
 
 use crate::host::{Host, there};
 use diarch_ipc::frame::printable;
+use nix::unistd::{Uid, setfsuid};
+use rustix::fs::OFlags;
 use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -38,6 +40,7 @@ pub fn processes(host: &Host) -> io::Result<Vec<u32>> {
 pub fn of(host: &Host, nodes: &[Node]) -> io::Result<Vec<Opener>> {
     let mut openers: Vec<Opener> = Vec::new();
     for pid in processes(host)? {
+        let Some(_as_its_user) = there(AsUser::of(host, pid))? else { continue };
         let Some(files) = there(host.procfs().names(&format!("{pid}/fd")))? else { continue };
         for file in files {
             let at = format!("{pid}/fd/{file}");
@@ -51,6 +54,31 @@ pub fn of(host: &Host, nodes: &[Node]) -> io::Result<Vec<Opener>> {
         }
     }
     Ok(openers)
+}
+
+/// This thread, as the file system takes it for another user's. `/proc/PID/fd` is open to the process's own user alone (mode 0500), and CAP_SYS_PTRACE does not
+/// change that: it is asked for besides, to follow what is in it. With CAP_SETUID, which is there for QEMU's sake, the look needs no right to all files.
+struct AsUser {
+    before: Option<Uid>,
+}
+
+impl AsUser {
+    fn of(host: &Host, pid: u32) -> io::Result<Self> {
+        let directory = host.procfs().open(&format!("{pid}/fd"), OFlags::PATH | OFlags::DIRECTORY)?;
+        let owner = rustix::fs::fstat(&directory)?.st_uid;
+        if owner == rustix::process::geteuid().as_raw() {
+            return Ok(Self { before: None });
+        }
+        Ok(Self { before: Some(setfsuid(Uid::from_raw(owner))) })
+    }
+}
+
+impl Drop for AsUser {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            setfsuid(before);
+        }
+    }
 }
 
 /// By its name, or by its numbers under whatever name a container gave it.
