@@ -869,6 +869,9 @@ pub enum Event {
     /// A step on this slot did not end within its deadline.
     #[serde(rename = "vm.quarantined")]
     VmQuarantined { slot: Slot, label: Label, reason: String },
+    /// A program that a VM needs beside its QEMU ended, and QEMU runs on without it.
+    #[serde(rename = "vm.impaired")]
+    VmImpaired { slot: Slot, label: Label, what: String, spawn: RequestId },
     /// A device does not answer after its VM, or a step on it did not end.
     #[serde(rename = "device.quarantined")]
     DeviceQuarantined { function: Bdf, group: u32, reason: String },
@@ -884,6 +887,7 @@ pub enum Event {
 pub const EVENTS: &[(&str, &str, &str)] = &[
     ("vm.exited", "slot, label, status, spawn", "A VM's QEMU ended; the slot keeps the status until it is released or spawned anew."),
     ("vm.quarantined", "slot, label, reason", "A step on this slot did not end within its deadline; only vm.signal and vm.release are tried any more."),
+    ("vm.impaired", "slot, label, what, spawn", "A program beside a VM's QEMU (its network, a share) ended; QEMU runs on without it until it is started anew."),
     (
         "device.quarantined",
         "function, group, reason",

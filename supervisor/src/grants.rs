@@ -264,6 +264,18 @@ impl Grants {
                 return refuse("qemu.*.sha256", format!("the hash of {name:?} is not 64 lower-case hex digits"));
             }
         }
+        for (section, program) in [("passt", &self.passt), ("virtiofsd", &self.virtiofsd)] {
+            let Some(program) = program else { continue };
+            if !program.path.is_absolute() {
+                return refuse(section, format!("{} is not an absolute path", program.path.display()));
+            }
+            if let Some(directory) = program.libraries.iter().find(|directory| !plain(directory)) {
+                return refuse(section, format!("{} is not an absolute path without `.` and `..`, or is the root", directory.display()));
+            }
+            if program.sha256.as_ref().is_some_and(|hex| hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))) {
+                return refuse(section, "its sha256 is not 64 lower-case hex digits".into());
+            }
+        }
         network::check(&self.network).or_else(|reason| refuse("network", reason))?;
         if !self.nft.path.is_absolute() {
             return refuse("nft.path", format!("{} is not an absolute path", self.nft.path.display()));

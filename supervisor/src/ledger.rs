@@ -13,7 +13,7 @@
 
 use diarch_ipc::name::{Cpus, Forward, IpText, Label, Mac, MiB, NetworkName, NicIndex, Queues, RequestId, ShareName, Slot};
 use diarch_ipc::operation::{ExitStatus, SlotState};
-use diarch_ipc::spec::{Accelerator, DiskAccess};
+use diarch_ipc::spec::{Accelerator, DiskAccess, Egress};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder};
 use std::io::{self, Write};
@@ -100,6 +100,38 @@ pub struct Run {
     pub accelerator: Accelerator,
     pub forwards: Vec<Forward>,
     pub exit: Option<ExitStatus>,
+    /// Set where user-mode networking is a process beside QEMU: what the packet filter lets the slot's user open.
+    #[serde(default)]
+    pub egress: Option<Egress>,
+    /// The programs beside QEMU, each started before it.
+    #[serde(default)]
+    pub companions: Vec<Companion>,
+}
+
+/// A program that runs beside a QEMU, for it alone, under the same user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Companion {
+    pub kind: CompanionKind,
+    pub process: Process,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CompanionKind {
+    /// Carries a card of user-mode networking.
+    Passt,
+    /// Serves a share.
+    Virtiofsd,
+}
+
+impl CompanionKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            CompanionKind::Passt => "passt",
+            CompanionKind::Virtiofsd => "virtiofsd",
+        }
+    }
 }
 
 /// How a process of ours is found again by a restarted supervisor. Together with the user id, which nothing else on the host may have, these name one process
@@ -280,6 +312,7 @@ mod tests {
         assert!(unreadable.is_empty(), "{unreadable:?}");
         let run = records[0].run.as_ref().unwrap();
         assert_eq!((run.process, run.forwards.len(), run.exit), (Some(Process { pid: 100, start_time: 7 }), 1, Some(ExitStatus::Signal(9))));
+        assert_eq!((run.egress, run.companions.len()), (None, 0), "it had none");
     }
 
     #[test]

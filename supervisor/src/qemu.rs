@@ -46,11 +46,16 @@ pub struct Hashed {
 /// Opens the binary for execution; `owner` is who must own it besides root. `known` saves hashing a file again that has not changed; the hash that was needed is
 /// returned for the cache.
 pub fn open(name: &str, granted: &Program, owner: u32, known: Option<Hashed>) -> Result<(File, Option<Hashed>), Error> {
-    let refuse = |reason: String| Error::Unsupported { missing: format!("QEMU {name:?}: {reason}") };
+    open_program(&format!("QEMU {name:?}"), granted, owner, known)
+}
+
+/// The same for any granted program; `what` it is, for the sentence.
+pub fn open_program(what: &str, granted: &Program, owner: u32, known: Option<Hashed>) -> Result<(File, Option<Hashed>), Error> {
+    let refuse = |reason: String| Error::Unsupported { missing: format!("{what}: {reason}") };
     // Distributions link names (qemu-system-x86_64 -> ...): the link is followed first, and then each directory of the real path is checked.
     let real = std::fs::canonicalize(&granted.path).map_err(|error| refuse(format!("{}: {error}", granted.path.display())))?;
     let mut file = grants::open_trusted(&real, owner).map_err(|error| refuse(error.to_string()))?;
-    let meta = file.metadata().map_err(|error| Error::io("stat QEMU", &error))?;
+    let meta = file.metadata().map_err(|error| Error::io("stat the program", &error))?;
     if meta.mode() & 0o001 == 0 {
         return Err(refuse(format!("{} can't be executed by everybody, and VMs' users belong to no group", real.display())));
     }
@@ -64,7 +69,7 @@ pub fn open(name: &str, granted: &Program, owner: u32, known: Option<Hashed>) ->
     };
     let hashed = match known {
         Some(hashed) if hashed.identity == identity => hashed,
-        _ => Hashed { identity, hash: hash(&mut file).map_err(|error| Error::io("hash QEMU", &error))? },
+        _ => Hashed { identity, hash: hash(&mut file).map_err(|error| Error::io("hash the program", &error))? },
     };
     if hashed.hash == *wanted {
         Ok((file, Some(hashed)))
@@ -75,9 +80,14 @@ pub fn open(name: &str, granted: &Program, owner: u32, known: Option<Hashed>) ->
 
 /// Opens the directories that it was granted beside the system's own: bound into its jail as they were opened.
 pub fn libraries(name: &str, granted: &Program) -> Result<Vec<(PathBuf, OwnedFd)>, Error> {
+    libraries_of(&format!("QEMU {name:?}"), granted)
+}
+
+/// The same for any granted program.
+pub fn libraries_of(what: &str, granted: &Program) -> Result<Vec<(PathBuf, OwnedFd)>, Error> {
     let open = |path: &PathBuf| match grants::open_trusted_directory(path, 0) {
         Ok(directory) => Ok((path.clone(), directory.into())),
-        Err(error) => Err(Error::Unsupported { missing: format!("QEMU {name:?}: {error}") }),
+        Err(error) => Err(Error::Unsupported { missing: format!("{what}: {error}") }),
     };
     granted.libraries.iter().map(open).collect()
 }

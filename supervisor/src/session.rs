@@ -49,6 +49,11 @@ impl Sessions {
         self.active.borrow().as_ref().is_some_and(|active| active.number == number)
     }
 
+    /// Whether somebody listens.
+    pub fn is_there(&self) -> bool {
+        self.active.borrow().as_ref().is_some_and(|active| active.outbox.channel.strong_count() > 0)
+    }
+
     /// Tells the active session, if there is one. Nobody waits for it to listen.
     pub fn tell(&self, event: Event) {
         let outbox = self.active.borrow().as_ref().map(|active| Rc::clone(&active.outbox));

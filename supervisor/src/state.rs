@@ -63,6 +63,8 @@ pub struct Vm {
     pub record: Record,
     /// QEMU's process, while the slot is running.
     pub pidfd: Option<Rc<OwnedFd>>,
+    /// The programs beside it.
+    pub companions: Vec<Rc<OwnedFd>>,
     /// What is mounted for it: gone with the last of its descriptors.
     pub mounts: BTreeMap<ShareName, Arc<OwnedFd>>,
     /// It ran before this supervisor started.
@@ -75,7 +77,7 @@ pub struct Vm {
 
 impl Vm {
     pub fn new(record: Record) -> Self {
-        Self { record, pidfd: None, mounts: BTreeMap::new(), adopted: false, quarantined: None, lock: std::sync::Arc::default() }
+        Self { record, pidfd: None, companions: Vec::new(), mounts: BTreeMap::new(), adopted: false, quarantined: None, lock: std::sync::Arc::default() }
     }
 
     /// The state as others see it.

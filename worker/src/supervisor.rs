@@ -38,6 +38,8 @@ const DEVICE_CALL: Duration = Duration::from_secs(80);
 pub enum SlotEvent {
     Exited(ExitStatus),
     Quarantined(String),
+    /// A part of the VM outside of its QEMU has ended.
+    Impaired(String),
 }
 
 /// The two descriptors of a running QEMU.
@@ -262,6 +264,7 @@ impl Link {
                 journal.note(Some(&label), "vm.quarantined", reason.clone());
                 (slot, SlotEvent::Quarantined(reason))
             }
+            Event::VmImpaired { slot, what, .. } => (slot, SlotEvent::Impaired(what)),
             Event::HostKvm { verdict } => {
                 journal.note(None, "host.kvm", format!("KVM: {}", describe(&verdict)));
                 self.facts.send_modify(|facts| {

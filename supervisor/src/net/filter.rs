@@ -7,7 +7,7 @@
 //! * the file of that lock says that there may be tables, until they are gone.
 
 use super::link::Links;
-use super::rules::{self, Card};
+use super::rules::{self, Card, User};
 use crate::grants;
 use crate::process;
 use crate::state::Supervisor;
@@ -46,27 +46,28 @@ impl Program {
         self.lock.exists()
     }
 
-    /// Sets the tables for those cards whose taps exist. A tap goes when its last descriptor does, and then its card has no rules.
-    pub fn settle(&self, cards: &[Card]) -> Result<(), Error> {
+    /// Sets the tables for those cards whose taps exist, and for these users. A tap goes when its last descriptor does, and then its card has no rules.
+    pub fn settle(&self, cards: &[Card], users: &[User]) -> Result<(), Error> {
         let there = present().map_err(|error| Error::io("list interfaces", &error))?;
         let cards: Vec<&Card> = cards.iter().filter(|card| there.contains(&card.name)).collect();
-        if cards.is_empty() && !self.was_used() {
+        if cards.is_empty() && users.is_empty() && !self.was_used() {
             return Ok(());
         }
-        self.set(&cards)
+        self.set(&cards, users)
     }
 
     /// As [`Program::settle`], for cards of which the caller knows that they are there.
-    pub fn set(&self, cards: &[&Card]) -> Result<(), Error> {
+    pub fn set(&self, cards: &[&Card], users: &[User]) -> Result<(), Error> {
+        let nothing = cards.is_empty() && users.is_empty();
         let until = Instant::now() + PATIENCE;
         // Followed first, as for QEMU: distributions link /usr/sbin and names in it.
         let missing = |reason: String| Error::Unsupported { missing: format!("the packet filter: {reason} (nft.path in the grants; apt install nftables)") };
         let real = std::fs::canonicalize(&self.nft).map_err(|error| missing(format!("{}: {error}", self.nft.display())))?;
         let program = grants::open_trusted(&real, 0).map_err(|error| missing(error.to_string()))?;
         let lock = self.lock(until)?;
-        let text = if cards.is_empty() { rules::NOTHING.to_owned() } else { rules::render(cards) };
+        let text = if nothing { rules::NOTHING.to_owned() } else { rules::render(cards, users) };
         run(&program, &lock, &text, until)?;
-        if cards.is_empty() {
+        if nothing {
             std::fs::remove_file(&self.lock).map_err(|error| Error::io("remove the packet filter's lock", &error))?;
         }
         Ok(())

@@ -34,11 +34,12 @@ use diarch_ipc::Error;
 use diarch_ipc::operation::Operation;
 use std::rc::Rc;
 
-/// Makes the packet filter say what the ledger says, without what stands under `except`.
+/// Makes the packet filter say what the ledger says, without the taps and published ports of `except`. (Its user stays in the rules as long as it is in the ledger:
+/// it may have processes.)
 pub async fn settle(supervisor: &Rc<Supervisor>, row: &'static Operation, of: &Record, except: Option<&Record>) -> Result<(), Error> {
     let _one = supervisor.filter.lock().await;
-    let (cards, program) = (cards(supervisor, except), filter::Program::of(supervisor));
-    supervisor.act(row, of.slot, "packet filter", move || program.settle(&cards)).await?
+    let (cards, users, program) = (cards(supervisor, except), users(supervisor), filter::Program::of(supervisor));
+    supervisor.act(row, of.slot, "packet filter", move || program.settle(&cards, &users)).await?
 }
 
 /// All cards that the ledger speaks of.
@@ -46,6 +47,21 @@ fn cards(supervisor: &Supervisor, except: Option<&Record>) -> Vec<rules::Card> {
     let slots = supervisor.slots.borrow();
     let records = slots.values().map(|vm| &vm.record).filter(|record| except.is_none_or(|except| except.slot != record.slot));
     rules::cards(&supervisor.grants, records)
+}
+
+/// All users that it speaks of.
+fn users(supervisor: &Supervisor) -> Vec<rules::User> {
+    rules::users(supervisor.slots.borrow().values().map(|vm| &vm.record))
+}
+
+/// After a slot was released: its user, which has no process any more, goes out of the rules.
+pub async fn forget_user(supervisor: &Rc<Supervisor>, row: &'static Operation, record: &Record) {
+    if record.run.as_ref().is_none_or(|run| run.egress.is_none()) {
+        return;
+    }
+    if let Err(error) = settle(supervisor, row, record, None).await {
+        tracing::error!(slot = %record.slot, %error, "the packet filter still has the user of a released slot");
+    }
 }
 
 /// Takes a slot's taps and published ports away: with its release. A packet filter that can't be set does not hold the slot: without a tap, its rules lead
@@ -69,11 +85,11 @@ pub async fn clear(supervisor: &Rc<Supervisor>, row: &'static Operation, record:
 /// At start: the tables are made to equal the ledger, if there can be any.
 pub async fn adopt(supervisor: &Rc<Supervisor>) {
     let program = filter::Program::of(supervisor);
-    let cards = cards(supervisor, None);
-    if supervisor.host.is_rehearsed() || (cards.is_empty() && !program.was_used()) {
+    let (cards, users) = (cards(supervisor, None), users(supervisor));
+    if supervisor.host.is_rehearsed() || (cards.is_empty() && users.is_empty() && !program.was_used()) {
         return;
     }
-    let done = supervisor.helpers.run("packet filter", move || program.settle(&cards)).await.and_then(|done| done);
+    let done = supervisor.helpers.run("packet filter", move || program.settle(&cards, &users)).await.and_then(|done| done);
     match done {
         Ok(()) => supervisor.note("the packet filter's tables were made as the ledger says"),
         Err(error) => {

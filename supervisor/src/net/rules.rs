@@ -5,6 +5,8 @@ use super::tap;
 use crate::grants::{Grants, Place, Range};
 use crate::ledger::Record;
 use diarch_ipc::name::{Forward, Mac};
+use diarch_ipc::operation::SlotState;
+use diarch_ipc::spec::Egress;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -29,6 +31,19 @@ pub struct Card {
     pub masquerade: bool,
     pub peers: bool,
     pub forwards: Vec<Forward>,
+}
+
+/// A VM whose user-mode networking is a process of the host's: by its user the kernel knows what is its guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    pub uid: u32,
+    pub egress: Egress,
+}
+
+/// The users of these records' VMs, from before such a process starts until after it has ended.
+pub fn users<'a>(records: impl Iterator<Item = &'a Record>) -> Vec<User> {
+    let live = |record: &&Record| matches!(record.state, SlotState::Spawning | SlotState::Running | SlotState::Releasing);
+    records.filter(live).filter_map(|record| Some(User { uid: record.uid, egress: record.run.as_ref()?.egress? })).collect()
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,8 +93,14 @@ fn link_local(mac: &Mac) -> Ipv6Addr {
 }
 
 /// The text that replaces both tables.
-pub fn render(cards: &[&Card]) -> String {
+pub fn render(cards: &[&Card], users: &[User]) -> String {
     let mut sets = Sets::default();
+    for user in users {
+        sets.put("users", user.uid.to_string());
+        if user.egress == Egress::Closed {
+            sets.put("closed_users", user.uid.to_string());
+        }
+    }
     let mut neighbours = String::new();
     for card in cards {
         let name = format!("\"{}\"", card.name);
@@ -237,7 +258,7 @@ mod tests {
 
     fn rendered(record: &Record) -> String {
         let cards = cards(&grants(), std::iter::once(record));
-        render(&cards.iter().collect::<Vec<_>>())
+        render(&cards.iter().collect::<Vec<_>>(), &[])
     }
 
     #[test]
@@ -275,10 +296,36 @@ mod tests {
     }
 
     #[test]
+    fn a_user_is_in_the_rules_as_long_as_its_vm_may_have_a_process_and_closed_unless_its_guest_may_connect_out() {
+        let run = |egress| crate::ledger::Run {
+            spawn: RequestId { session: 1, serial: 2 },
+            asked: String::new(),
+            process: None,
+            spawned_ms: 0,
+            cpus: diarch_ipc::name::Cpus::new(1).unwrap(),
+            memory: diarch_ipc::name::MiB::new(64).unwrap(),
+            accelerator: diarch_ipc::spec::Accelerator::Tcg,
+            forwards: Vec::new(),
+            exit: None,
+            egress,
+            companions: Vec::new(),
+        };
+        let of = |state, egress| users(std::iter::once(&Record { state, run: Some(run(egress)), ..record(&[]) }));
+        for state in [SlotState::Spawning, SlotState::Running, SlotState::Releasing] {
+            assert_eq!(of(state, Some(Egress::Closed)), [User { uid: 200_007, egress: Egress::Closed }]);
+            assert_eq!(of(state, None), []);
+        }
+        assert_eq!(of(SlotState::Exited, Some(Egress::Closed)), []);
+        let both = [User { uid: 1, egress: Egress::Closed }, User { uid: 2, egress: Egress::Host }];
+        let text = render(&[], &both);
+        assert!(text.contains("elements = { 1, 2 };") && text.contains("elements = { 1 };"), "{text}");
+    }
+
+    #[test]
     fn more_taps_than_a_chain_takes_are_in_several() {
         let card = cards(&grants(), std::iter::once(&record(&[("lan", None)]))).remove(0);
         let cards: Vec<Card> = (0..600).map(|n| Card { name: format!("dvm{n}n0"), ..card.clone() }).collect();
-        let text = render(&cards.iter().collect::<Vec<_>>());
+        let text = render(&cards.iter().collect::<Vec<_>>(), &[]);
         assert!(text.contains("chain ingress2 {") && !text.contains("chain ingress3 {"));
     }
 }

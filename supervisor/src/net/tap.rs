@@ -11,7 +11,7 @@
 
 use super::filter::Program;
 use super::link::{Link, Links, Settings};
-use super::{cards, rules, tun};
+use super::{cards, rules, tun, users};
 use crate::grants::{Grants, Place};
 use crate::ledger::{Record, Tap};
 use crate::state::{Supervisor, Vm};
@@ -85,8 +85,9 @@ pub async fn open(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &Op
     let made = {
         // No other's rules in between: they would not have this tap, which is there.
         let _one = supervisor.filter.lock().await;
-        let (all, program, node) = (cards(supervisor, None), Program::of(supervisor), supervisor.host.dev().join("net/tun"));
-        supervisor.act(row, slot, "make a tap", move || make(vetted, &all, &program, &node)).await.and_then(|made| made)
+        let (all, users) = (cards(supervisor, None), users(supervisor));
+        let (program, node) = (Program::of(supervisor), supervisor.host.dev().join("net/tun"));
+        supervisor.act(row, slot, "make a tap", move || make(vetted, &all, &users, &program, &node)).await.and_then(|made| made)
     };
     match made {
         Ok(fds) => Ok((answer, fds.into_iter().map(Rc::new).collect())),
@@ -234,7 +235,7 @@ fn bytes(mac: &Mac) -> Option<[u8; 6]> {
 }
 
 /// From here on the host changes. What fails closes the descriptors, and the tap goes with them.
-fn make(vetted: Vetted<Opening>, all: &[rules::Card], program: &Program, node: &std::path::Path) -> Result<Vec<OwnedFd>, Error> {
+fn make(vetted: Vetted<Opening>, all: &[rules::Card], users: &[rules::User], program: &Program, node: &std::path::Path) -> Result<Vec<OwnedFd>, Error> {
     let opening = vetted.into_inner();
     let slot = opening.record.slot;
     let (name, queues) = (name(slot, opening.tap.nic), opening.tap.queues.get());
@@ -267,7 +268,7 @@ fn make(vetted: Vetted<Opening>, all: &[rules::Card], program: &Program, node: &
 
     // Rules before anything can pass: those of all taps that are there, this one among them.
     let cards: Vec<&rules::Card> = all.iter().filter(|card| there.iter().any(|link| link.kind == "tun" && link.name == card.name)).collect();
-    program.set(&cards)?;
+    program.set(&cards, users)?;
 
     let master = if let Plug::Bridge { index } = opening.place { Some(index) } else { None };
     links.set(index, Settings { address: host_mac(slot, opening.tap.nic), mtu: opening.mtu, master }).map_err(step("set up the tap"))?;

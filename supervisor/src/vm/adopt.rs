@@ -12,9 +12,9 @@
 //! | exited          |                                        | exited                                              |
 //! | releasing       | (killed, if it lives)                  | free                                                |
 
-use super::{argv, release, watch};
+use super::{argv, companion, release, watch};
 use crate::host::Host;
-use crate::ledger::{Ledger, Record, Unreadable};
+use crate::ledger::{CompanionKind, Ledger, Record, Unreadable};
 use crate::state::{Supervisor, Vm};
 use crate::{net, process};
 use diarch_ipc::operation::{ExitStatus, SlotState};
@@ -30,6 +30,8 @@ const HALF_MADE_PATIENCE: Duration = Duration::from_secs(2);
 pub struct Found {
     pub record: Record,
     pub pidfd: Option<OwnedFd>,
+    /// The programs beside it that live.
+    pub companions: Vec<(CompanionKind, OwnedFd)>,
     /// Why its process could not be looked at.
     pub trouble: Option<String>,
 }
@@ -54,11 +56,12 @@ pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
                 // "Can't look" is not "gone": the slot, its user id and its memory stay taken until it can be looked at.
                 let trouble = format!("its process can't be looked at: {error}");
                 findings.notes.push(format!("slot {slot} ({}): {trouble}", record.label));
-                findings.found.push(Found { record, pidfd: None, trouble: Some(trouble) });
+                findings.found.push(Found { record, pidfd: None, companions: Vec::new(), trouble: Some(trouble) });
                 continue;
             }
         };
         let was = record.state;
+        let last = record.clone();
         match was {
             SlotState::Claimed | SlotState::Exited | SlotState::Quarantined => pidfd = None,
             SlotState::Spawning => {
@@ -83,13 +86,14 @@ pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
                 // What can't be ended now must not keep the others from being found: the worker's release tries again.
                 if let Some(Err(error)) = pidfd.as_ref().map(release::end) {
                     findings.notes.push(format!("slot {slot} ({}): its release could not be finished: {error}", record.label));
-                    findings.found.push(Found { record, pidfd, trouble: None });
+                    findings.found.push(Found { record, pidfd, companions: Vec::new(), trouble: None });
                     continue;
                 }
-                let removed = net::tap::remove(&record).map_err(io::Error::other).and_then(|()| ledger.remove(slot));
+                let removed =
+                    companion::end_left(&record, host).and_then(|()| net::tap::remove(&record)).map_err(io::Error::other).and_then(|()| ledger.remove(slot));
                 if let Err(error) = removed {
                     findings.notes.push(format!("slot {slot} ({}): its release could not be finished: {error}", record.label));
-                    findings.found.push(Found { record, pidfd: None, trouble: None });
+                    findings.found.push(Found { record, pidfd: None, companions: Vec::new(), trouble: None });
                     continue;
                 }
                 findings.notes.push(format!("slot {slot} ({}): its release was finished", record.label));
@@ -105,7 +109,18 @@ pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
         } else if pidfd.is_some() {
             findings.notes.push(format!("slot {slot} ({}): adopted", record.label));
         }
-        findings.found.push(Found { record, pidfd, trouble: None });
+        // Companions of a QEMU that lives are watched again; what is left of another's is ended.
+        let companions = companion::find(&last, host).unwrap_or_else(|error| {
+            findings.notes.push(format!("slot {slot} ({}): the programs beside its QEMU can't be looked at: {error}", record.label));
+            Vec::new()
+        });
+        let companions = if pidfd.is_some() {
+            companions
+        } else {
+            companion::end(&companions);
+            Vec::new()
+        };
+        findings.found.push(Found { record, pidfd, companions, trouble: None });
     }
     for lost in &findings.unreadable {
         findings.notes.push(format!("slot {}: its record can't be read ({}); the slot stays closed, and its processes are left alone", lost.slot, lost.reason));
@@ -139,16 +154,29 @@ fn half_made(recorded: crate::ledger::Process, record: &Record, host: &Host) -> 
 
 /// Takes over what was found.
 pub fn adopt(supervisor: &Rc<Supervisor>, found: Vec<Found>) {
-    for Found { record, pidfd, trouble } in found {
+    for Found { record, pidfd, companions, trouble } in found {
         let (slot, spawn) = (record.slot, record.run.as_ref().map(|run| run.spawn));
+        let mut missing: Vec<CompanionKind> = record.run.iter().flat_map(|run| &run.companions).map(|one| one.kind).collect();
+        let companions: Vec<_> = companions.into_iter().map(|(kind, pidfd)| (kind, Rc::new(pidfd))).collect();
         let mut vm = Vm::new(record);
         vm.adopted = pidfd.is_some();
         vm.quarantined = trouble;
         vm.pidfd = pidfd.map(Rc::new);
+        vm.companions = companions.iter().map(|(_, pidfd)| Rc::clone(pidfd)).collect();
         let pidfd = vm.pidfd.clone();
         supervisor.slots.borrow_mut().insert(slot, vm);
         if let (Some(pidfd), Some(spawn)) = (pidfd, spawn) {
             watch::begin(supervisor, slot, spawn, pidfd);
+            for (kind, pidfd) in companions {
+                if let Some(there) = missing.iter().position(|missing| *missing == kind) {
+                    missing.remove(there);
+                }
+                companion::watch(supervisor, slot, spawn, kind, pidfd);
+            }
+            for kind in missing {
+                let supervisor = Rc::clone(supervisor);
+                tokio::task::spawn_local(async move { companion::impaired(&supervisor, slot, spawn, kind, "ended while no supervisor ran").await });
+            }
         }
     }
 }

@@ -23,17 +23,27 @@ pub fn process_name(slot: Slot) -> String {
     format!("diarch-vm-{slot}")
 }
 
+/// Who carries the cards of user-mode networking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    /// QEMU's own code.
+    Slirp,
+    /// A process for each, at the other end of a descriptor; these follow behind all others.
+    Passt,
+}
+
 /// What a VM is given besides its specification.
 #[derive(Debug, Clone, Copy)]
 pub struct Beside<'a> {
     /// A descriptor of `/dev/vhost-net` for each queue of a tap.
     pub vhost: Presence,
     pub devices: &'a [Passed],
+    pub user_mode: Carrier,
 }
 
 impl Default for Beside<'_> {
     fn default() -> Self {
-        Self { vhost: Presence::Absent, devices: &[] }
+        Self { vhost: Presence::Absent, devices: &[], user_mode: Carrier::Slirp }
     }
 }
 
@@ -94,7 +104,10 @@ pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, beside: &
         // No option ROM: it is a file by path, and nothing boots from this network.
         let mut card = json!({"driver": "virtio-net-pci", "netdev": format!("net{n}"), "mac": nic.mac.as_str(), "romfile": ""});
         let backend = match &nic.backend {
-            Backend::User { .. } => netdev(n, nic),
+            Backend::User { .. } => match beside.user_mode {
+                Carrier::Slirp => netdev(n, nic),
+                Carrier::Passt => stream(n, spec, beside.vhost),
+            },
             Backend::Tap { queues } => {
                 if queues.get() > 1 {
                     card["mq"] = true.into();
@@ -171,6 +184,19 @@ fn mmio_window_mib(devices: &[Passed]) -> Option<u64> {
     (window > UNASKED_MIB).then_some(window)
 }
 
+/// Frames to and from the process that carries card `n`.
+fn stream(n: usize, spec: &VmSpec, vhost: Presence) -> String {
+    let before = (first_companion_fd(spec, vhost)..).zip(spec.nics.iter().take(n).filter(|nic| matches!(nic.backend, Backend::User { .. })));
+    let fd = before.last().map_or_else(|| first_companion_fd(spec, vhost), |(fd, _)| fd + 1);
+    json!({"type": "stream", "id": format!("net{n}"), "server": false, "addr": {"type": "fd", "str": fd.to_string()}}).to_string()
+}
+
+/// Behind the files, the taps and the descriptors of vhost-net.
+fn first_companion_fd(spec: &VmSpec, vhost: Presence) -> i32 {
+    let queues = spec.nics.iter().map(|nic| if let Backend::Tap { queues } = &nic.backend { i32::from(queues.get()) } else { 0 });
+    first_vhost_fd(spec) + if vhost == Presence::Given { queues.sum() } else { 0 }
+}
+
 fn netdev(n: usize, nic: &Nic) -> String {
     let forwards: Vec<_> = nic.forwards().iter().map(|forward| json!({"str": hostfwd(forward)})).collect();
     let mut user = json!({"type": "user", "id": format!("net{n}"), "restrict": !matches!(nic.backend, Backend::User { egress: Egress::Host, .. })});
@@ -197,6 +223,7 @@ fn files(spec: &VmSpec) -> Vec<(FdRole, i32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
     use diarch_ipc::Request;
     use diarch_ipc::name::CommandLine;
     use proptest::prelude::*;
@@ -273,6 +300,22 @@ mod tests {
         assert_eq!(seen[2], ("port1".into(), "0.0".into(), serde_json::Value::Null, "/sys/devices/pci0000:00/0000:17:00.1".into()), "one alone is function 0");
         assert_eq!(after(&argv, "-fw_cfg"), ["name=opt/ovmf/X-PciMmio64Mb,string=524288"]);
         assert!(after(&render("q", slot(), &label(), &example(), &Beside { devices: &devices[1..2], ..Beside::default() }), "-fw_cfg").is_empty());
+    }
+
+    #[test]
+    fn a_card_that_passt_carries_is_a_descriptor_behind_all_others_and_qemu_has_no_network_of_its_own() {
+        let mut spec = example();
+        let tap = Nic { backend: Backend::Tap { queues: diarch_ipc::name::Queues::new(2).unwrap() }, ..example().nics[0].clone() };
+        spec.nics = vec![example().nics[0].clone(), tap, example().nics[0].clone()];
+        let files = i32::try_from(spec.fds().len()).unwrap();
+        for (vhost, first) in [(Presence::Absent, 4 + files), (Presence::Given, 6 + files)] {
+            let argv = render("q", slot(), &label(), &spec, &Beside { vhost, user_mode: Carrier::Passt, ..Beside::default() });
+            let nets: Vec<serde_json::Value> = after(&argv, "-netdev").iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+            assert_eq!((&nets[0]["type"], &nets[1]["type"], &nets[2]["type"]), (&"stream".into(), &"tap".into(), &"stream".into()));
+            assert_eq!(nets[0]["addr"], json!({"type": "fd", "str": first.to_string()}));
+            assert_eq!(nets[2]["addr"]["str"], (first + 1).to_string());
+            assert!(nets.iter().all(|net| net["type"] != "user"));
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | `watch`     | (event `vm.exited`)           | sees QEMU end                                                |
 //! | `argv`      |                               | the argument vector, from a typed specification              |
 //! | `jail`      |                               | what a program is started in, and how                        |
+//! | `companion` | (event `vm.impaired`)         | programs beside QEMU, each in a jail of its own              |
 //! | `scope`     |                               | its systemd unit, with the limits that the kernel keeps      |
 //! | `stage`     |                               | what of it is started in a rehearsal                         |
 //! | `sockets`   |                               | QEMU's monitor and console sockets                           |
@@ -22,6 +23,7 @@ pub mod adopt;
 pub mod argv;
 pub mod attach;
 pub mod claim;
+pub mod companion;
 pub mod inventory;
 pub mod jail;
 pub mod release;

@@ -1,5 +1,7 @@
 //! `vm.release`: undoes all that stands under a slot, in reverse, and gives the slot back.
 
+use super::companion;
+use crate::host::Host;
 use crate::ledger::Record;
 use crate::state::Supervisor;
 use crate::vetted::Vetted;
@@ -9,6 +11,7 @@ use diarch_ipc::name::Tenancy;
 use diarch_ipc::operation::{Operation, Release, Released, SlotState};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A killed process ends at once, unless it sits in the kernel; longer than this, and the slot stays `releasing`, until it is released again.
@@ -35,15 +38,16 @@ pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
     supervisor.record_or_believe(vetted.record.clone());
     // First, though it stands under the process: whatever that does until it ends, it does to nobody. A network that can't be cleared keeps no VM alive.
     let cleared = net::clear(supervisor, row, &vetted.record).await;
-    let ended = vetted.record.clone();
-    supervisor.act(row, slot, "end QEMU", move || end_qemu(&vetted)).await??;
+    let (ended, host) = (vetted.record.clone(), Arc::clone(&supervisor.host));
+    supervisor.act(row, slot, "end QEMU", move || end_qemu(&vetted, &host)).await??;
     cleared?;
     mount::detach::all(supervisor, slot).await;
     // Nobody has them open any more.
     vfio::release::all_of(supervisor, ask.tenancy).await;
     let ledger = supervisor.ledger.clone();
-    supervisor.act(row, slot, "release", move || ledger.remove(ended.slot).map_err(|error| Error::io("ledger", &error))).await??;
+    supervisor.act(row, slot, "release", move || ledger.remove(slot).map_err(|error| Error::io("ledger", &error))).await??;
     supervisor.slots.borrow_mut().remove(&slot);
+    net::forget_user(supervisor, row, &ended).await;
     Ok(Released { existed: true })
 }
 
@@ -55,8 +59,8 @@ fn vet(supervisor: &Supervisor, row: &Operation, tenancy: Tenancy) -> Result<Vet
     Ok(Vetted::by_vet(Undo { uid, record: Record { state: SlotState::Releasing, ..record }, pidfd }))
 }
 
-/// In reverse: the process first, and then what it stood on.
-fn end_qemu(undo: &Vetted<Undo>) -> Result<(), Error> {
+/// In reverse: the processes first, and then what it stood on.
+fn end_qemu(undo: &Vetted<Undo>, host: &Host) -> Result<(), Error> {
     let recorded = undo.record.run.as_ref().filter(|run| run.exit.is_none()).and_then(|run| run.process);
     match (&undo.pidfd, recorded) {
         (Some(pidfd), _) => end(pidfd)?,
@@ -67,7 +71,7 @@ fn end_qemu(undo: &Vetted<Undo>) -> Result<(), Error> {
         }
         (None, None) => {}
     }
-    Ok(())
+    companion::end_left(&undo.record, host)
 }
 
 /// Kills a process and waits until it has ended.

@@ -36,11 +36,14 @@ const TAKES_PIDFDS: u32 = 255;
 /// * QEMU itself: its heap, device models, stacks, user-mode network, the disks' requests under way.
 /// * page tables, QEMU's and the nested ones: 16 bytes for each 4 KiB, doubled: 1/128, and as much for what is rounded up.
 /// * the translator's buffer for TCG: 1 GiB (QEMU's `tb-size`).
+/// * each program beside it (`companion`).
 ///
 /// The page cache of its disks counts as well, but gives way.
 const OF_QEMU: u64 = 256 << 20;
 const OF_EACH_CPU: u64 = 16 << 20;
 const OF_TRANSLATOR: u64 = 1 << 30;
+/// passt's buffers are static and take some 30 MiB; virtiofsd's are less, and its table of open files grows with the guest's.
+const OF_EACH_COMPANION: u64 = 64 << 20;
 
 /// A scope that is to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,7 +58,7 @@ pub struct Scope {
 }
 
 impl Scope {
-    pub fn of(slot: Slot, label: &Label, spec: &VmSpec, tasks_max: u64) -> Self {
+    pub fn of(slot: Slot, label: &Label, spec: &VmSpec, tasks_max: u64, companions: usize) -> Self {
         let guest = u64::from(spec.memory.get()) << 20;
         let translator = if spec.accelerator == Accelerator::Tcg { OF_TRANSLATOR } else { 0 };
         Self {
@@ -63,7 +66,7 @@ impl Scope {
             // In quotes: needrestart takes the first word of a unit's description that ends in ".service" for a service to restart, and the label is
             // the worker's.
             description: format!("Diarch VM \"{label}\" (slot {slot})"),
-            memory_max: guest + guest / 64 + OF_QEMU + OF_EACH_CPU * u64::from(spec.cpus.get()) + translator,
+            memory_max: guest + guest / 64 + OF_QEMU + OF_EACH_CPU * u64::from(spec.cpus.get()) + translator + OF_EACH_COMPANION * companions as u64,
             tasks_max,
             kvm: spec.accelerator == Accelerator::Kvm,
             nodes: Vec::new(),
@@ -95,10 +98,10 @@ pub fn wanted() -> bool {
     std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| unit_in(&text)).as_deref() == Some(OUR_UNIT)
 }
 
-/// Moves a child that waits at its gate into its scope.
-pub async fn enclose(scope: &Scope, child: &Gated) -> Result<(), Error> {
+/// Moves children that wait at their gates into their scope.
+pub async fn enclose(scope: &Scope, children: &[&Gated]) -> Result<(), Error> {
     let failed = |detail: String| Error::Failed { step: format!("make {}", scope.name), errno: None, detail };
-    match tokio::time::timeout(PATIENCE, start(scope, child)).await {
+    match tokio::time::timeout(PATIENCE, start(scope, children)).await {
         Ok(Ok(())) => {}
         // Not the VM's fault: whoever asked tries again when there is a bus.
         Ok(Err(Refused::NoBus(missing))) => return Err(Error::Unsupported { missing }),
@@ -107,8 +110,12 @@ pub async fn enclose(scope: &Scope, child: &Gated) -> Result<(), Error> {
     }
     let until = Instant::now() + PATIENCE;
     loop {
-        let text = std::fs::read_to_string(format!("/proc/{}/cgroup", child.pid)).map_err(|error| Error::io("read /proc", &error))?;
-        if unit_in(&text).as_deref() == Some(&scope.name) {
+        let mut outside = 0;
+        for child in children {
+            let text = std::fs::read_to_string(format!("/proc/{}/cgroup", child.pid)).map_err(|error| Error::io("read /proc", &error))?;
+            outside += u32::from(unit_in(&text).as_deref() != Some(&scope.name));
+        }
+        if outside == 0 {
             return Ok(());
         }
         if Instant::now() >= until {
@@ -131,14 +138,18 @@ enum Refused {
 }
 
 /// A connection for each: an idle supervisor holds none, hears nothing, and does not mind when the bus is restarted.
-async fn start(scope: &Scope, child: &Gated) -> Result<(), Refused> {
+async fn start(scope: &Scope, children: &[&Gated]) -> Result<(), Refused> {
     let no_bus = |error: zbus::Error| Refused::NoBus(format!("the system bus, for {} ({}); is dbus running?", scope.name, printable(&error.to_string(), 200)));
     let bus = Connection::system().await.map_err(no_bus)?;
     let manager = ManagerProxy::builder(&bus).cache_properties(zbus::proxy::CacheProperties::No).build().await.map_err(no_bus)?;
     let version = manager.version().await.map_err(|error| said(&error))?;
     let pidfds = major(&version) >= TAKES_PIDFDS;
     for tried in 0..TRIES {
-        let members = if pidfds { ("PIDFDs", Variant::from(vec![Fd::from(child.pidfd.as_fd())])) } else { ("PIDs", Variant::from(vec![child.pid])) };
+        let members = if pidfds {
+            ("PIDFDs", Variant::from(children.iter().map(|child| Fd::from(child.pidfd.as_fd())).collect::<Vec<_>>()))
+        } else {
+            ("PIDs", Variant::from(children.iter().map(|child| child.pid).collect::<Vec<_>>()))
+        };
         let mut properties = vec![
             ("Description", scope.description.as_str().into()),
             ("Slice", SLICE.into()),
@@ -211,7 +222,7 @@ mod tests {
         spec.accelerator = accelerator;
         spec.memory = diarch_ipc::name::MiB::new(mib).unwrap();
         spec.cpus = diarch_ipc::name::Cpus::new(cpus).unwrap();
-        Scope::of(Slot::new(7).unwrap(), &Label::new("web").unwrap(), &spec, 161)
+        Scope::of(Slot::new(7).unwrap(), &Label::new("web").unwrap(), &spec, 161, 0)
     }
 
     #[test]

@@ -4,23 +4,26 @@
 //!   facts   what the descriptors are, the granted binary opened and hashed        (helper thread; changes nothing)
 //!   vet     pure: request x grants x ledger x facts -> Vetted<Launch>
 //!   record  state spawning, and who asked
-//!   act     sockets, the child in its jail, pid into the ledger                     (helper thread; see `jail`)
-//!           its scope, where systemd runs us                                        (see `scope`)
-//!           gate open, exec                                                         (helper thread)
+//!   act     the packet filter, where a process beside QEMU carries its network       (see `companion`)
+//!           sockets, the children in their jails, pids into the ledger              (helper thread; see `jail`)
+//!           their scope, where systemd runs us                                      (see `scope`)
+//!           gates open, QEMU's last; exec                                           (helper thread)
 //!   record  state running
 //! ```
 //!
 //! Killed anywhere in between, the supervisor leaves either nothing or a QEMU whose pid the ledger knows.
 
+use super::argv::{Beside, Carrier};
+use super::companion::{self, Order, passt};
 use super::scope::{self, Scope};
 use super::{argv, jail, sockets, stage, watch};
 use crate::audit::now_ms;
 use crate::grants::Grants;
-use crate::ledger::{Ledger, Process, Record, Run};
+use crate::ledger::{Companion, CompanionKind, Ledger, Record, Run};
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
 use crate::vfio::{self, Passed};
-use crate::{fd, kvm, net, process, qemu};
+use crate::{fd, kvm, net, qemu};
 use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
 use diarch_ipc::name::{NicIndex, RequestId, Slot};
@@ -33,6 +36,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Between the opened gate and QEMU's exec lie a few dozen system calls.
@@ -79,6 +83,7 @@ struct Facts {
     lockable: Option<u64>,
     /// The devices are a stage's, and nothing reads the guest's memory.
     staged: bool,
+    passt: passt::Facts,
 }
 
 /// A start that was vetted.
@@ -86,11 +91,15 @@ struct Facts {
 struct Launch {
     record: Record,
     argv: Vec<String>,
+    /// The same, with QEMU carrying its user-mode cards itself: should the packet filter not take what a process beside it must be held to.
+    argv_alone: Vec<String>,
+    passt: Vec<Order>,
     program: OwnedFd,
     fds: Vec<OwnedFd>,
     libraries: Vec<(PathBuf, OwnedFd)>,
     accelerator: Accelerator,
-    network: Reach,
+    /// Whether it has a card of user-mode networking.
+    user_mode: bool,
     max_tasks: u64,
     /// Bytes of memory that it may lock: with a device, all of the guest's.
     memlock: Option<u64>,
@@ -110,9 +119,10 @@ enum Reach {
 /// The answer, with the pidfd and a connection to the monitor.
 type Started = (Spawned, Vec<Rc<OwnedFd>>);
 
-/// A QEMU that waits at its gate; the ledger knows it.
+/// A QEMU that waits at its gate, with its companions at theirs; the ledger knows them.
 struct Waiting {
     gated: jail::Gated,
+    companions: Vec<companion::Waiting>,
     scope: Scope,
     qmp: OwnedFd,
     record: Record,
@@ -121,6 +131,7 @@ struct Waiting {
 /// A QEMU that runs.
 struct Launched {
     pidfd: OwnedFd,
+    companions: Vec<(CompanionKind, OwnedFd)>,
     qmp: OwnedFd,
     record: Record,
 }
@@ -146,7 +157,8 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
         supervisor.record_or_believe(before);
         return Err(error);
     }
-    let launched = launch(supervisor, row, slot, vetted).await;
+    let carrier = hold_user(supervisor, row, &vetted, &before).await;
+    let launched = launch(supervisor, row, slot, vetted, carrier).await;
     let launched = match launched {
         Ok(launched) => launched,
         Err(error) => {
@@ -165,9 +177,14 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     // The ledger has the pid already; without this write a restarted supervisor looks at the process and finds the same.
     supervisor.record_or_believe(record);
     let pidfd = Rc::new(launched.pidfd);
+    let companions: Vec<_> = launched.companions.into_iter().map(|(kind, pidfd)| (kind, Rc::new(pidfd))).collect();
     if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
         vm.pidfd = Some(Rc::clone(&pidfd));
+        vm.companions = companions.iter().map(|(_, pidfd)| Rc::clone(pidfd)).collect();
         vm.adopted = false;
+    }
+    for (kind, pidfd) in companions {
+        companion::watch(supervisor, slot, id, kind, pidfd);
     }
     watch::begin(supervisor, slot, id, Rc::clone(&pidfd));
     Ok((answer, vec![pidfd, Rc::new(launched.qmp)]))
@@ -221,6 +238,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
     let (owner, walls) = (supervisor.host.owner(), supervisor.host.walls());
     let (slot, nics, vhost) = (ask.tenancy.slot, ask.spec.nics.clone(), net::tap::vhost_node(&supervisor.host));
     let staged = supervisor.host.is_staged();
+    let (grants, host, spec) = (supervisor.grants.clone(), Arc::clone(&supervisor.host), ask.spec.clone());
     let formats: Vec<DiskFormat> = ask.spec.disks.iter().map(|disk| disk.format).collect();
     supervisor
         .act(row, ask.tenancy.slot, "look at the files", move || {
@@ -239,7 +257,8 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
             let (program, hashed) = qemu::open(&name, &granted, owner, known)?;
             let libraries = qemu::libraries(&name, &granted)?;
             let lockable = rustix::process::getrlimit(rustix::process::Resource::Memlock).maximum;
-            Ok(Facts { program, hashed, fds, libraries, walls, vhost, devices: Vec::new(), lockable, staged })
+            let passt = passt::look(&grants, &host, &spec);
+            Ok(Facts { program, hashed, fds, libraries, walls, vhost, devices: Vec::new(), lockable, staged, passt })
         })
         .await?
 }
@@ -260,7 +279,7 @@ fn own_taps(fds: &[OwnedFd], roles: &[FdRole], slot: Slot, nics: &[Nic]) -> Resu
 }
 
 /// Everything that can be refused is refused here.
-fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: RequestId, ask: &Spawn, facts: Facts) -> Result<Vetted<Launch>, Error> {
+fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: RequestId, ask: &Spawn, mut facts: Facts) -> Result<Vetted<Launch>, Error> {
     let vm = Supervisor::tenant(slots, ask.tenancy)?;
     let slot = ask.tenancy.slot;
     let spec = &ask.spec;
@@ -270,6 +289,13 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
     admit_taps(&vm.record, spec)?;
     admit_accelerator(grants, kvm, spec)?;
     let granted = grants.qemu.get(spec.qemu.as_str()).ok_or_else(|| Error::denied(format!("qemu.{}", spec.qemu), "there is no such section"))?;
+    let (passt, egress, instead) = match passt::orders(std::mem::replace(&mut facts.passt, passt::Facts::Unasked), grants.passt.as_ref(), spec) {
+        Ok((orders, egress)) => (orders, Some(egress), None),
+        Err(reason) => (Vec::new(), None, reason),
+    };
+    if let Some(reason) = instead {
+        tracing::warn!(%slot, label = %vm.record.label, %reason, "QEMU carries its user-mode network itself");
+    }
     let run = Run {
         spawn: id,
         asked: digest(ask)?,
@@ -280,43 +306,65 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         accelerator: spec.accelerator,
         forwards: spec.nics.iter().flat_map(|nic| nic.forwards().iter().copied()).collect(),
         exit: None,
+        egress,
+        companions: Vec::new(),
     };
-    let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS;
+    let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS + companion::TASKS * passt.len() as u64;
     let memlock = admit_lock(spec, &facts)?;
     // A stage's nodes are nobody's to open.
     let nodes =
         if facts.staged { Vec::new() } else { vfio::node::names(facts.devices.iter().map(|passed| passed.group).collect::<std::collections::BTreeSet<_>>()) };
     let staged = facts.walls == jail::Walls::Stage;
     let shown = if staged { stage::playable(spec) } else { spec.clone() };
+    let vhost = if facts.vhost.is_empty() { Presence::Absent } else { Presence::Given };
+    let beside = |user_mode| Beside { vhost, devices: if staged { &[][..] } else { &facts.devices }, user_mode };
+    let argv = |user_mode| argv::render(&granted.path.to_string_lossy(), slot, &vm.record.label, &shown, &beside(user_mode));
     Ok(Vetted::by_vet(Launch {
         record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
-        argv: argv::render(
-            &granted.path.to_string_lossy(),
-            slot,
-            &vm.record.label,
-            &shown,
-            &argv::Beside {
-                vhost: if facts.vhost.is_empty() { Presence::Absent } else { Presence::Given },
-                devices: if staged { &[] } else { &facts.devices },
-            },
-        ),
+        argv: argv(if passt.is_empty() { Carrier::Slirp } else { Carrier::Passt }),
+        argv_alone: argv(Carrier::Slirp),
+        scope: Scope::of(slot, &vm.record.label, spec, max_tasks, passt.len()).with_nodes(nodes),
+        passt,
         program: facts.program.into(),
         fds: facts.fds.into_iter().chain(facts.vhost).collect(),
         libraries: facts.libraries,
         accelerator: spec.accelerator,
-        network: reach(spec),
+        user_mode: spec.nics.iter().any(|nic| matches!(nic.backend, Backend::User { .. })),
         max_tasks,
         memlock,
         devices: if facts.staged { Vec::new() } else { facts.devices },
-        scope: Scope::of(slot, &vm.record.label, spec, max_tasks).with_nodes(nodes),
         walls: facts.walls,
     }))
 }
 
-/// A tap needs nothing but its descriptors: its interface stays where it was made.
-fn reach(spec: &VmSpec) -> Reach {
-    let of_the_host = spec.nics.iter().any(|nic| matches!(nic.backend, Backend::User { .. }));
-    if of_the_host { Reach::Host } else { Reach::Nowhere }
+/// A tap needs nothing but its descriptors, and neither does a card that somebody else carries.
+fn reach(launch: &Launch, carrier: Carrier) -> Reach {
+    if launch.user_mode && carrier == Carrier::Slirp { Reach::Host } else { Reach::Nowhere }
+}
+
+/// Has the packet filter hold the slot's user to what its guest may reach, before it has a process in the host's network. Where that can't be, QEMU
+/// carries its cards itself, which knows a closed network without help.
+async fn hold_user(supervisor: &Rc<Supervisor>, row: &'static Operation, launch: &Launch, before: &Record) -> Carrier {
+    let held = |record: &Record| record.run.as_ref().is_some_and(|run| run.egress.is_some());
+    let wanted = held(&launch.record);
+    // Also where only an earlier run was held, whose rules are there still.
+    let settled = if wanted || held(before) { net::settle(supervisor, row, before, None).await } else { Ok(()) };
+    match settled {
+        Ok(()) if wanted => return Carrier::Passt,
+        Ok(()) => {}
+        Err(error) => {
+            let note =
+                format!("slot {} ({}): QEMU carries its user-mode network itself, or may be held to an earlier VM's rules: {error}", before.slot, before.label);
+            tracing::warn!("{note}");
+            supervisor.note(&note);
+            let mut record = launch.record.clone();
+            if let Some(run) = &mut record.run {
+                run.egress = None;
+            }
+            supervisor.record_or_believe(record);
+        }
+    }
+    Carrier::Slirp
 }
 
 fn admit_shape(spec: &VmSpec) -> Result<(), Error> {
@@ -437,14 +485,14 @@ fn admit_accelerator(grants: &Grants, kvm: &KvmVerdict, spec: &VmSpec) -> Result
 }
 
 /// From here on the host changes. What fails leaves no process.
-async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot, vetted: Vetted<Launch>) -> Result<Launched, Error> {
+async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot, vetted: Vetted<Launch>, carrier: Carrier) -> Result<Launched, Error> {
     let ledger = supervisor.ledger.clone();
-    let waiting = supervisor.act(row, slot, "fork QEMU", move || fork(vetted, &ledger)).await??;
+    let waiting = supervisor.act(row, slot, "fork QEMU", move || fork(vetted, carrier, &ledger)).await??;
     if supervisor.scopes
-        && let Err(error) = scope::enclose(&waiting.scope, &waiting.gated).await
+        && let Err(error) = scope::enclose(&waiting.scope, &waiting.children()).await
     {
         // A child that failed while its scope was made is what the scope failed for.
-        let error = waiting.gated.failure().unwrap_or(error);
+        let error = waiting.children().into_iter().find_map(jail::Gated::failure).unwrap_or(error);
         // Its gate is closed, and its end waited for, on a helper: never in the loop.
         let _ = supervisor.act(row, slot, "end the child", move || drop(waiting)).await;
         return Err(error);
@@ -452,8 +500,22 @@ async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot
     supervisor.act(row, slot, "start QEMU", move || open(waiting)).await?
 }
 
-fn fork(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Waiting, Error> {
+impl Waiting {
+    fn children(&self) -> Vec<&jail::Gated> {
+        self.companions.iter().map(|one| &one.gated).chain([&self.gated]).collect()
+    }
+}
+
+fn fork(vetted: Vetted<Launch>, carrier: Carrier, ledger: &Ledger) -> Result<Waiting, Error> {
     let mut launch = vetted.into_inner();
+    let network = reach(&launch, carrier);
+    if carrier == Carrier::Slirp {
+        launch.passt.clear();
+        launch.argv = launch.argv_alone;
+        if let Some(run) = &mut launch.record.run {
+            run.egress = None;
+        }
+    }
     let directory = ledger.directory(launch.record.slot);
     let step = |name: &'static str| move |error: io::Error| Error::io(name, &error);
     let null: OwnedFd = File::options().read(true).write(true).open("/dev/null").map_err(step("open /dev/null"))?.into();
@@ -466,31 +528,40 @@ fn fork(vetted: Vetted<Launch>, ledger: &Ledger) -> Result<Waiting, Error> {
         return Err(Error::invalid("fds", "log and console are needed"));
     };
     let log_again = log.try_clone().map_err(step("dup"))?;
+    let limits = jail::Limits { tasks: launch.max_tasks, open_files: MAX_OPEN_FILES, locked_bytes: jail::LOCKED_BYTES };
+    let mut companions = Vec::new();
+    let mut connections = Vec::new();
+    for order in launch.passt {
+        let (one, connection) = order.fork(launch.record.uid, limits, &log)?;
+        companions.push(one);
+        connections.push(connection);
+    }
     let mut fds = vec![null, log, log_again, qmp_listener, console_listener, console_log];
-    fds.extend(given);
+    fds.extend(given.chain(connections));
     let plan = jail::Plan {
         program: launch.program,
         argv: launch.argv,
         fds,
         uid: launch.record.uid,
         groups: if launch.accelerator == Accelerator::Kvm { kvm::device_group().into_iter().collect() } else { Vec::new() },
-        limits: jail::Limits { tasks: launch.max_tasks, open_files: MAX_OPEN_FILES, locked_bytes: launch.memlock.unwrap_or(jail::LOCKED_BYTES) },
-        root: with_devices(root(launch.record.uid, launch.accelerator, launch.network, launch.libraries), &launch.devices),
-        network: if launch.network == Reach::Host { jail::Network::Host } else { jail::Network::Own },
-        sockets: if launch.network == Reach::Host { jail::Sockets::Internet } else { jail::Sockets::Unix },
+        limits: jail::Limits { locked_bytes: launch.memlock.unwrap_or(jail::LOCKED_BYTES), ..limits },
+        root: with_devices(root(launch.record.uid, launch.accelerator, network, launch.libraries), &launch.devices),
+        network: if network == Reach::Host { jail::Network::Host } else { jail::Network::Own },
+        sockets: if network == Reach::Host { jail::Sockets::Internet } else { jail::Sockets::Unix },
         sandbox: jail::Sandbox::Ours,
         walls: launch.walls,
     };
     let gated = jail::fork(plan)?;
     // Nothing runs yet: if the ledger can't take the pid, the gate closes and the child goes.
-    let identity = process::identity(gated.pid).map_err(step("read /proc"))?;
-    let (start_time, _) = identity.ok_or_else(|| Error::Failed { step: "read /proc".into(), errno: None, detail: "the child has no stat".into() })?;
     if let Some(run) = &mut launch.record.run {
-        run.process = Some(Process { pid: gated.pid, start_time });
+        run.process = Some(companion::identity(&gated)?);
+        for one in &companions {
+            run.companions.push(Companion { kind: one.kind, process: companion::identity(&one.gated)? });
+        }
         run.spawned_ms = now_ms();
     }
     ledger.write(&launch.record).map_err(step("ledger"))?;
-    Ok(Waiting { gated, scope: launch.scope, qmp, record: launch.record })
+    Ok(Waiting { gated, companions, scope: launch.scope, qmp, record: launch.record })
 }
 
 /// With the host's firmware for QEMU.
@@ -522,11 +593,13 @@ fn with_devices(root: jail::Root, devices: &[Passed]) -> jail::Root {
 }
 
 fn open(waiting: Waiting) -> Result<Launched, Error> {
-    let Waiting { gated, qmp, record, .. } = waiting;
+    let Waiting { gated, companions, qmp, record, .. } = waiting;
     let (slot, pid) = (record.slot, gated.pid);
+    let companions = companion::open(companions, EXEC_PATIENCE)?;
     match gated.open(EXEC_PATIENCE) {
-        Ok(pidfd) => Ok(Launched { pidfd, qmp, record }),
+        Ok(pidfd) => Ok(Launched { pidfd, companions, qmp, record }),
         Err(error) => {
+            companion::end(&companions);
             tracing::warn!(%slot, pid, %error, "QEMU was not started");
             Err(error)
         }

@@ -1,5 +1,6 @@
 //! Sees QEMU end, by its pidfd; writes it down and tells the worker.
 
+use super::companion;
 use crate::state::Supervisor;
 use crate::{process, vfio};
 use diarch_ipc::name::{RequestId, Slot, Tenancy};
@@ -25,6 +26,7 @@ pub fn begin(supervisor: &Rc<Supervisor>, slot: Slot, spawn: RequestId, pidfd: R
             }
             tokio::time::sleep(AGAIN).await;
         };
+        companion::end_with(&supervisor, slot, spawn).await;
         settle(&supervisor, slot, spawn, status);
     });
 }

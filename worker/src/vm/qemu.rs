@@ -29,6 +29,7 @@ pub enum Origin {
 pub enum Happened {
     Ended,
     Quarantined(String),
+    Impaired(String),
 }
 
 #[derive(Debug)]
@@ -78,6 +79,7 @@ impl Qemu {
                 event = self.events.recv() => match event {
                     Some(SlotEvent::Exited(status)) => self.exit = Some(status),
                     Some(SlotEvent::Quarantined(reason)) => return Happened::Quarantined(reason),
+                    Some(SlotEvent::Impaired(reason)) => return Happened::Impaired(reason),
                     None => {
                         self.ended().await;
                         return Happened::Ended;
@@ -94,7 +96,7 @@ impl Qemu {
                 loop {
                     match self.events.recv().await {
                         Some(SlotEvent::Exited(status)) => return Some(status),
-                        Some(SlotEvent::Quarantined(_)) => {}
+                        Some(SlotEvent::Quarantined(_) | SlotEvent::Impaired(_)) => {}
                         None => return None,
                     }
                 }

@@ -80,6 +80,15 @@ impl Vm {
                 happened = qemu.happened() => match happened {
                     Happened::Ended => return self.ended(qemu).await,
                     Happened::Quarantined(reason) => self.set(|status| status.reason = Some(format!("quarantined by the supervisor: {reason}"))),
+                    // As a guest that does not answer: no probe may see it, and nothing mends it but another start.
+                    Happened::Impaired(reason) => {
+                        settled = None;
+                        self.set(|status| { status.phase = Phase::Unhealthy; status.reason = Some(reason.clone()); });
+                        self.note("vm.impaired", reason.clone());
+                        if self.desired().is_some_and(|desired| desired.restart != RestartPolicy::Never) {
+                            return Stage::Down(qemu, Cause::Failure(reason));
+                        }
+                    }
                 },
                 answer = &mut greeting, if !greeted => {
                     greeted = true;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::ledger::Process;
 use diarch_ipc::Request;
 use diarch_ipc::name::{Cpus, Label, Mac, MiB, NetworkName, Port, Queues, Tenancy};
 use diarch_ipc::operation::ExitStatus;
@@ -34,6 +35,7 @@ fn facts() -> Facts {
         devices: Vec::new(),
         lockable: None,
         staged: false,
+        passt: passt::Facts::Unasked,
     }
 }
 fn record(slot: u64, label: &str, state: SlotState, run: Option<Run>) -> Record {
@@ -73,6 +75,8 @@ fn other(state: SlotState, memory: u64, port: u64) -> Record {
         accelerator: Accelerator::Tcg,
         forwards: vec![diarch_ipc::name::Forward { host_port: Port::new(port).unwrap(), ..forward }],
         exit: (state == SlotState::Exited).then_some(ExitStatus::Code(0)),
+        egress: None,
+        companions: Vec::new(),
     };
     record(1, "other", state, Some(run))
 }
@@ -88,9 +92,9 @@ fn the_example_is_accepted_and_recorded_before_it_exists() {
     assert_eq!(launch.record.state, SlotState::Spawning);
     let run = launch.record.run.as_ref().unwrap();
     assert_eq!((run.spawn, run.process), (id(5), None));
-    assert_eq!((launch.accelerator, launch.network), (Accelerator::Tcg, Reach::Host), "its user-mode network is the host's");
+    assert_eq!((launch.accelerator, reach(&launch, Carrier::Slirp)), (Accelerator::Tcg, Reach::Host), "its user-mode network is the host's");
     let alone = judged(&claimed(), |ask| ask.spec.nics.clear()).unwrap();
-    assert_eq!(alone.network, Reach::Nowhere);
+    assert_eq!(reach(&alone, Carrier::Slirp), Reach::Nowhere);
 }
 
 #[test]
