@@ -179,7 +179,6 @@ fn a_guest_is_reached_through_a_jailed_passt_and_its_qemu_has_no_network_and_it_
     let passt = companions[0];
 
     // QEMU: nothing but a loopback interface that is down.
-    let us = namespace(std::process::id().cast_signed(), "net");
     assert_ne!(namespace(qemu, "net"), namespace(host.supervisor_pid(), "net"));
     let devices = fs::read_to_string(format!("/proc/{qemu}/net/dev")).unwrap();
     let names: Vec<&str> = devices.lines().skip(2).map(|line| line.split(':').next().unwrap().trim()).collect();
@@ -195,7 +194,7 @@ fn a_guest_is_reached_through_a_jailed_passt_and_its_qemu_has_no_network_and_it_
         assert_ne!(namespace(passt, kind), namespace(host.supervisor_pid(), kind));
         assert_ne!(namespace(passt, kind), namespace(qemu, kind));
     }
-    assert_eq!(namespace(passt, "net"), us);
+    assert_eq!(namespace(passt, "net"), namespace(host.supervisor_pid(), "net"));
 
     // The guest opens no connection, wherever to; the kernel drops it.
     let there = listener(&world, THERE);
