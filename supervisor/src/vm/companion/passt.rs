@@ -94,6 +94,7 @@ pub fn orders(facts: Facts, granted: Option<&Program>, spec: &VmSpec) -> Result<
     };
     let egress = admit(spec).map_err(Some)?;
     let name = granted.map_or_else(|| "passt".into(), |program| program.path.to_string_lossy());
+    #[allow(clippy::type_complexity)] // what was opened, card by card
     let order = |((program, libraries), nic): ((File, Vec<(PathBuf, OwnedFd)>), &Nic)| Order {
         kind: CompanionKind::Passt,
         program: program.into(),
