@@ -191,9 +191,9 @@ impl Tree {
         Ok(String::from_utf8_lossy(&self.read(below)?).trim_end().to_owned())
     }
 
-    /// Writes a file that is there, in one go, as the kernel wants it.
+    /// Writes a file that is there, in one go, as the kernel wants it. Nothing is cut off before: on a stage, a death in between would leave what no kernel shows.
     pub fn write(&self, below: &str, text: &str) -> io::Result<()> {
-        File::from(self.open(below, OFlags::WRONLY | OFlags::TRUNC)?).write_all(text.as_bytes())
+        File::from(self.open(below, OFlags::WRONLY)?).write_all(text.as_bytes())
     }
 
     /// The names in a directory, in order, each with what it is. (Names that are not UTF-8 are none of the kernel's.)

@@ -10,8 +10,7 @@
 //!   ROOT/natural/BDF           the driver that the function has when nobody says otherwise
 //! ```
 //!
-//! The kernel's part is a thread that sees what is written (inotify) and does what a kernel would: moves the `driver` links, answers an emptied
-//! `driver_override` with `(null)`, makes and removes nodes. Unlike a kernel it does so after the write, and not in it. It can be told to be a bad one: a driver
+//! The kernel's part is a thread that sees what is written (inotify) and does what a kernel would: moves the `driver` links, makes and removes nodes. Unlike a kernel it does so after the write, and not in it. It can be told to be a bad one: a driver
 //! that does not let go, one that does not take, a device that goes away or dies. Needs no root.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -460,7 +459,15 @@ impl Stage {
                     open.push(path.clone());
                     format!("directory {mode:o}")
                 } else {
-                    format!("file {mode:o} {:02x?}", fs::read(&path).unwrap_or_default())
+                    let content = fs::read(&path).unwrap_or_default();
+                    // A line break is how it is emptied, and a kernel then shows `(null)`; what follows the first line is what was there before.
+                    let line = content.split(|byte| *byte == b'\n').next().unwrap_or_default();
+                    let shown = match line {
+                        _ if !path.ends_with("driver_override") => &content[..],
+                        b"" => b"(null)",
+                        line => line,
+                    };
+                    format!("file {mode:o} {:?}", String::from_utf8_lossy(shown))
                 };
                 all.insert(path.strip_prefix(&self.root).expect("below").to_string_lossy().into_owned(), what);
             }
@@ -539,13 +546,6 @@ impl Kernel {
             return;
         }
         let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if file == "driver_override" {
-            // Empty: whoever opened it to write was killed before. (A kernel cuts nothing off.)
-            if fs::read_to_string(&path).is_ok_and(|text| text.trim().is_empty()) {
-                put(&path, "(null)\n");
-            }
-            return;
-        }
         let take = || {
             let text = fs::read_to_string(&path).unwrap_or_default();
             if !text.is_empty() {
@@ -598,7 +598,7 @@ impl Kernel {
     /// The override, or else what matches.
     fn preferred(&self, function: &str) -> Option<String> {
         let text = fs::read_to_string(self.place(function)?.join("driver_override")).ok()?;
-        match text.trim() {
+        match text.lines().next().unwrap_or_default() {
             "" | "(null)" => fs::read_to_string(self.root.join("natural").join(function)).ok(),
             name => Some(name.to_owned()),
         }

@@ -36,7 +36,9 @@ fn scene(shapes: &[Shape], allow: &str, prepare: impl FnOnce(&Stage)) -> Scene {
     let stage = Stage::set(directory.path(), shapes);
     prepare(&stage);
     let stage = stage.play();
-    let builder = Host::builder().without_worker().on_stage(&stage).grants(&format!("[devices]\nallow = [{allow}]\nstep_seconds = 2\n{NO_LIMITS}"));
+    let mut builder = Host::builder().without_worker().on_stage(&stage).grants(&format!("[devices]\nallow = [{allow}]\nstep_seconds = 2\n{NO_LIMITS}"));
+    // When a process is dead, a kernel has done what the process had told it. A stage needs a moment.
+    builder.prelude = Some("sleep 0.2".into());
     Scene { host: builder.start(), stage, _directory: directory }
 }
 

@@ -216,7 +216,10 @@ pub fn driver(host: &Host, path: &str) -> io::Result<Option<String>> {
 
 /// What is written in its `driver_override`: nothing shows as `(null)`.
 pub fn driver_override(host: &Host, path: &str) -> io::Result<Option<String>> {
-    Ok(there(host.sysfs().text(&format!("{path}/driver_override")))?.filter(|name| !name.is_empty() && name != "(null)"))
+    let text = there(host.sysfs().text(&format!("{path}/driver_override")))?;
+    // A line; on a stage, the rest of a longer one may follow.
+    let name = text.as_deref().and_then(|text| text.lines().next()).unwrap_or_default();
+    Ok((!name.is_empty() && name != "(null)").then(|| name.to_owned()))
 }
 
 /// What a function's memory BARs take: the first six lines of `resource` are BARs, each `first last flags` (linux/ioport.h: 0x200 is memory).
