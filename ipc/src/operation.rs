@@ -203,12 +203,12 @@ operations! {
     VmSpawn("vm.spawn"): Spawn => Spawned {
         class: Class::Once,
         effect: Effect::Grant,
-        capability: &["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_ADMIN"],
+        capability: &["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_ADMIN", "CAP_NET_ADMIN"],
         states: &[SlotState::Claimed, SlotState::Exited],
         fds_in: &["log", "console", "kernel?", "initrd?", "firmware?", "disk*", "tap*"],
         fds_out: &["pidfd", "qmp"],
         secret_fields: &[],
-        grant: &["qemu", "vms.memory_mib", "vms.cpus_each", "vms.kvm", "forwards.allow", "forwards.egress"],
+        grant: &["qemu", "vms.memory_mib", "vms.cpus_each", "vms.kvm", "forwards.allow", "forwards.egress", "passt"],
         reason: "QEMU runs under a user id of its own, which only root can give it; so a VM that escapes finds nothing of another's.",
         deadline_ms: 10_000,
     }

@@ -219,8 +219,12 @@ pub async fn end_with(supervisor: &Rc<Supervisor>, slot: Slot, spawn: RequestId)
         let _ = rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL);
     }
     for pidfd in left {
-        if tokio::time::timeout(END_PATIENCE, ended(&pidfd)).await.is_err() {
-            tracing::error!(%slot, "a killed companion has not ended yet");
+        // A descriptor of its own: the loop polls one only once, and its watch polls that.
+        let ended = async { ended(&Rc::new(pidfd.try_clone()?)).await };
+        match tokio::time::timeout(END_PATIENCE, ended).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%slot, %error, "the end of a killed companion can't be waited for"),
+            Err(_) => tracing::error!(%slot, "a killed companion has not ended yet"),
         }
     }
 }

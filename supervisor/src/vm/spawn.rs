@@ -94,6 +94,8 @@ struct Launch {
     /// The same, with QEMU carrying its user-mode cards itself: should the packet filter not take what a process beside it must be held to.
     argv_alone: Vec<String>,
     passt: Vec<Order>,
+    /// Why there is none, though it is granted.
+    instead: Option<String>,
     program: OwnedFd,
     fds: Vec<OwnedFd>,
     libraries: Vec<(PathBuf, OwnedFd)>,
@@ -293,9 +295,6 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         Ok((orders, egress)) => (orders, Some(egress), None),
         Err(reason) => (Vec::new(), None, reason),
     };
-    if let Some(reason) = instead {
-        tracing::warn!(%slot, label = %vm.record.label, %reason, "QEMU carries its user-mode network itself");
-    }
     let run = Run {
         spawn: id,
         asked: digest(ask)?,
@@ -325,6 +324,7 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         argv_alone: argv(Carrier::Slirp),
         scope: Scope::of(slot, &vm.record.label, spec, max_tasks, passt.len()).with_nodes(nodes),
         passt,
+        instead,
         program: facts.program.into(),
         fds: facts.fds.into_iter().chain(facts.vhost).collect(),
         libraries: facts.libraries,
@@ -349,14 +349,14 @@ async fn hold_user(supervisor: &Rc<Supervisor>, row: &'static Operation, launch:
     let wanted = held(&launch.record);
     // Also where only an earlier run was held, whose rules are there still.
     let settled = if wanted || held(before) { net::settle(supervisor, row, before, None).await } else { Ok(()) };
+    if let Some(reason) = &launch.instead {
+        told(supervisor, before, reason);
+    }
     match settled {
         Ok(()) if wanted => return Carrier::Passt,
         Ok(()) => {}
         Err(error) => {
-            let note =
-                format!("slot {} ({}): QEMU carries its user-mode network itself, or may be held to an earlier VM's rules: {error}", before.slot, before.label);
-            tracing::warn!("{note}");
-            supervisor.note(&note);
+            told(supervisor, before, &error.to_string());
             let mut record = launch.record.clone();
             if let Some(run) = &mut record.run {
                 run.egress = None;
@@ -482,6 +482,12 @@ fn admit_accelerator(grants: &Grants, kvm: &KvmVerdict, spec: &VmSpec) -> Result
         (Accelerator::Kvm, KvmVerdict::Absent { reason } | KvmVerdict::Lies { reason }) => Err(Error::Unsupported { missing: format!("KVM: {reason}") }),
         (Accelerator::Kvm, KvmVerdict::Probing | KvmVerdict::NotGranted) => Err(Error::Unsupported { missing: "KVM: the probe has not ended yet".into() }),
     }
+}
+
+fn told(supervisor: &Supervisor, record: &Record, reason: &str) {
+    let note = format!("slot {} ({}): not passt, but QEMU itself carries the user-mode network: {reason}", record.slot, record.label);
+    tracing::warn!("{note}");
+    supervisor.note(&note);
 }
 
 /// From here on the host changes. What fails leaves no process.

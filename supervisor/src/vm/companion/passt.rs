@@ -14,6 +14,7 @@ use crate::host::Host;
 use crate::ledger::CompanionKind;
 use crate::qemu;
 use crate::vm::jail::{Network, Root, Sandbox, Sockets};
+use diarch_ipc::Error;
 use diarch_ipc::name::{Forward, Protocol};
 use diarch_ipc::spec::{Backend, Egress, Nic, VmSpec};
 use std::fs::File;
@@ -30,11 +31,15 @@ const NAME_SERVER: &str = "10.0.2.3";
 pub enum Facts {
     /// There is no such card, or no such grant.
     Unasked,
-    Usable {
-        programs: Vec<File>,
-        libraries: Vec<Vec<(PathBuf, OwnedFd)>>,
-    },
+    Usable(Vec<Ready>),
     Unusable(String),
+}
+
+/// The program for one card, opened and checked.
+#[derive(Debug)]
+pub struct Ready {
+    program: File,
+    libraries: Vec<(PathBuf, OwnedFd)>,
 }
 
 /// Looks at the host; changes nothing.
@@ -51,12 +56,12 @@ fn open(granted: &Program, host: &Host, cards: usize) -> Result<Facts, String> {
     if !has_default_route(&routes) {
         return Err("passt needs a default route on the host (IPv4), and there is none".into());
     }
-    let (mut programs, mut libraries) = (Vec::new(), Vec::new());
-    for _ in 0..cards {
-        programs.push(qemu::open_program("passt", granted, host.owner(), None).map_err(|error| error.to_string())?.0);
-        libraries.push(qemu::libraries_of("passt", granted).map_err(|error| error.to_string())?);
-    }
-    Ok(Facts::Usable { programs, libraries })
+    let one = || {
+        let (program, _) = qemu::open_program("passt", granted, host.owner(), None)?;
+        Ok(Ready { program, libraries: qemu::libraries_of("passt", granted)? })
+    };
+    let all: Result<Vec<Ready>, Error> = (0..cards).map(|_| one()).collect();
+    all.map(Facts::Usable).map_err(|error| error.to_string())
 }
 
 /// Fields of proc(5), `/proc/net/route`: interface, destination, gateway, flags, ..., mask. Bit 0 of the flags: the route is up.
@@ -87,15 +92,14 @@ fn admit(spec: &VmSpec) -> Result<Egress, String> {
 
 /// The orders, one for each card, and the egress to be enforced; or why there are none.
 pub fn orders(facts: Facts, granted: Option<&Program>, spec: &VmSpec) -> Result<(Vec<Order>, Egress), Option<String>> {
-    let (programs, libraries) = match facts {
+    let ready = match facts {
         Facts::Unasked => return Err(None),
         Facts::Unusable(reason) => return Err(Some(reason)),
-        Facts::Usable { programs, libraries } => (programs, libraries),
+        Facts::Usable(ready) => ready,
     };
     let egress = admit(spec).map_err(Some)?;
     let name = granted.map_or_else(|| "passt".into(), |program| program.path.to_string_lossy());
-    #[allow(clippy::type_complexity)] // what was opened, card by card
-    let order = |((program, libraries), nic): ((File, Vec<(PathBuf, OwnedFd)>), &Nic)| Order {
+    let order = |(Ready { program, libraries }, nic): (Ready, &Nic)| Order {
         kind: CompanionKind::Passt,
         program: program.into(),
         argv: argv(&name, nic.forwards()),
@@ -106,7 +110,7 @@ pub fn orders(facts: Facts, granted: Option<&Program>, spec: &VmSpec) -> Result<
         sockets: Sockets::InternetAndRoutes,
         sandbox: Sandbox::Pretended,
     };
-    Ok((programs.into_iter().zip(libraries).zip(cards(spec)).map(order).collect(), egress))
+    Ok((ready.into_iter().zip(cards(spec)).map(order).collect(), egress))
 }
 
 fn argv(program: &str, forwards: &[Forward]) -> Vec<String> {
