@@ -320,7 +320,8 @@ fn refused((shape, prepare, function, said): &Case) {
 fn a_group_with_a_member_that_is_not_granted_is_refused_with_its_name() {
     need!(Root, Kernel(6, 5));
     for (shape, allow, function, said) in [
-        (Shape::SingleGpu, "", GPU, "0000:01:00.0 (10de:2330, class 0302) is covered by no entry"),
+        (Shape::SingleGpu, "", GPU, "nothing is in it, and so not 0000:01:00.0"),
+        (Shape::SingleGpu, "\"class:0200\"", GPU, "0000:01:00.0 (10de:2330, class 0302) is covered by no entry"),
         (Shape::SingleGpu, "\"10de:2330\"", GPU, "0000:01:00.1 (10de:22bb, class 0403) is in IOMMU group 12 with 0000:01:00.0"),
         (Shape::SharedGroup, "\"class:0302\"", "0000:65:00.0", "0000:66:00.0 (8086:10d3, class 0200) is in IOMMU group 40"),
     ] {
