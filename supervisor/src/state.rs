@@ -66,7 +66,7 @@ pub struct Vm {
     /// The programs beside it.
     pub companions: Vec<Rc<OwnedFd>>,
     /// What is mounted for it: gone with the last of its descriptors.
-    pub mounts: BTreeMap<ShareName, Arc<OwnedFd>>,
+    pub mounts: BTreeMap<ShareName, crate::mount::Held>,
     /// It ran before this supervisor started.
     pub adopted: bool,
     /// The step that does not end, if one doesn't.

@@ -9,7 +9,7 @@
 //! A tmpfs that was lost is not made again by itself: an empty one in its place would start a VM without what was in it. Whoever attaches it gets a new one, sees that
 //! it is empty, and fills it.
 
-use super::{attach, detach, let_go, store, tree};
+use super::{Held, attach, detach, let_go, store, tree};
 use crate::ledger::{MountKind, Mounted};
 use crate::listen::Stored;
 use crate::state::Supervisor;
@@ -28,8 +28,11 @@ pub fn adopt(supervisor: &Rc<Supervisor>, passed: Vec<Stored>) {
         let tenancy = Tenancy { slot: vm.record.slot, claim: vm.record.claim };
         let mut missing = Vec::new();
         for mounted in &vm.record.resources.mounts {
-            match passed.remove(&store::name(tenancy, &mounted.share)) {
-                Some(mount) => drop(vm.mounts.insert(mounted.share.clone(), Arc::new(mount))),
+            // The latest, where a supervisor died while it put a copy in its place.
+            let latest = passed.keys().filter_map(|name| store::generation(name, tenancy, &mounted.share)).max();
+            let kept = latest.and_then(|generation| Some((passed.remove(&store::name(tenancy, &mounted.share, generation))?, generation)));
+            match kept {
+                Some((mount, generation)) => drop(vm.mounts.insert(mounted.share.clone(), Held { mount: Arc::new(mount), generation })),
                 None => missing.push(mounted.clone()),
             }
         }

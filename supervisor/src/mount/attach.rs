@@ -1,13 +1,13 @@
 //! `mount.attach`: something granted, mounted for one VM.
 
-use super::{let_go, store, tree};
+use super::{Held, let_go, store, tree};
 use crate::grants::{Grants, Source};
 use crate::host::Host;
 use crate::ledger::{Ledger, MountKind, Mounted};
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
 use diarch_ipc::Error;
-use diarch_ipc::name::Slot;
+use diarch_ipc::name::{ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{AttachMount, MountAttached, Operation};
 use diarch_ipc::spec::{DiskAccess, MAX_SHARES};
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ pub async fn attach(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &
     let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), &supervisor.ledger, ask)?;
     let kind = vetted.kind();
     if let Some(mount) = supervisor.with(ask.tenancy, |vm| vm.mounts.get(&ask.share).cloned())? {
-        let root = supervisor.act(row, slot, "open the mount", move || root(kind, &mount)).await??;
+        let root = supervisor.act(row, slot, "open the mount", move || root(kind, &mount.mount)).await??;
         return Ok((MountAttached {}, root.into_iter().map(Rc::new).collect()));
     }
     let host = Arc::clone(&supervisor.host);
@@ -93,25 +93,29 @@ fn root(kind: MountKind, mount: &OwnedFd) -> Result<Option<OwnedFd>, Error> {
     })
 }
 
+/// Gives the service manager a copy. Without one, the mount ends with this supervisor.
+pub(super) fn keep(tenancy: Tenancy, share: &ShareName, held: &Held) {
+    if let Err(error) = store::keep(&store::name(tenancy, share, held.generation), &held.mount) {
+        tracing::warn!(slot = %tenancy.slot, %share, %error, "the service manager does not take the mount: it will end with this supervisor");
+    }
+}
+
 /// Kept, and only then written down: what is in the ledger is also in the store.
 pub(super) async fn hold(supervisor: &Rc<Supervisor>, ask: &AttachMount, kind: MountKind, mount: OwnedFd) -> Result<(), Error> {
     let slot = ask.tenancy.slot;
-    let mount = Arc::new(mount);
-    let name = store::name(ask.tenancy, &ask.share);
-    if let Err(error) = store::keep(&name, &mount) {
-        tracing::warn!(%slot, share = %ask.share, %error, "the service manager does not take the mount: it will end with this supervisor");
-    }
+    let held = Held { mount: Arc::new(mount), generation: 0 };
+    keep(ask.tenancy, &ask.share, &held);
     let mut record = supervisor.with(ask.tenancy, |vm| vm.record.clone())?;
     let mounts = &mut record.resources.mounts;
     mounts.retain(|mounted| mounted.share != ask.share);
     mounts.push(Mounted { share: ask.share.clone(), access: ask.access, kind });
     if let Err(error) = supervisor.record(record) {
-        let _ = store::forget(&name);
-        let_go(supervisor, vec![mount]).await;
+        let _ = store::forget(&store::name(ask.tenancy, &ask.share, held.generation));
+        let_go(supervisor, vec![held.mount]).await;
         return Err(error);
     }
     if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
-        vm.mounts.insert(ask.share.clone(), mount);
+        vm.mounts.insert(ask.share.clone(), held);
     }
     Ok(())
 }
@@ -120,7 +124,7 @@ pub(super) async fn hold(supervisor: &Rc<Supervisor>, ask: &AttachMount, kind: M
 mod tests {
     use super::*;
     use crate::ledger::{Record, Resources};
-    use diarch_ipc::name::{Label, RequestId, ShareName, Tenancy};
+    use diarch_ipc::name::{Label, RequestId};
     use diarch_ipc::operation::SlotState;
 
     fn grants() -> Grants {

@@ -18,9 +18,11 @@ pub async fn detach(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &
     let Some(record) = record else { return Ok(MountDetached { existed: false }) };
     // With the old record there, a restarted supervisor would hold it again: who asks is told, and asks again.
     supervisor.record(record)?;
-    forget(&store::name(ask.tenancy, &ask.share));
-    let mount = supervisor.slots.borrow_mut().get_mut(&slot).and_then(|vm| vm.mounts.remove(&ask.share));
-    let_go(supervisor, mount.into_iter().collect()).await;
+    let held = supervisor.slots.borrow_mut().get_mut(&slot).and_then(|vm| vm.mounts.remove(&ask.share));
+    if let Some(held) = held {
+        forget(&store::name(ask.tenancy, &ask.share, held.generation));
+        let_go(supervisor, vec![held.mount]).await;
+    }
     Ok(MountDetached { existed: true })
 }
 
@@ -46,8 +48,8 @@ pub(crate) async fn all(supervisor: &Rc<Supervisor>, slot: Slot) {
         let mut slots = supervisor.slots.borrow_mut();
         let Some(vm) = slots.get_mut(&slot) else { return };
         let tenancy = diarch_ipc::name::Tenancy { slot, claim: vm.record.claim };
-        let names: Vec<String> = vm.mounts.keys().map(|share| store::name(tenancy, share)).collect();
-        (names, std::mem::take(&mut vm.mounts).into_values().collect())
+        let names: Vec<String> = vm.mounts.iter().map(|(share, held)| store::name(tenancy, share, held.generation)).collect();
+        (names, std::mem::take(&mut vm.mounts).into_values().map(|held| held.mount).collect())
     };
     for name in names {
         forget(&name);

@@ -13,9 +13,16 @@ use std::os::unix::ffi::OsStrExt;
 /// What every name of ours begins with; the socket that is passed on has another.
 pub const PREFIX: &str = "mount.";
 
-/// The mount's name in the store: at most 255 bytes without a colon are allowed, and this has 115.
-pub fn name(tenancy: Tenancy, share: &ShareName) -> String {
-    format!("{PREFIX}{}.{:x}.{:x}.{share}", tenancy.slot, tenancy.claim.session, tenancy.claim.serial)
+/// The mount's name in the store: at most 255 bytes without a colon are allowed, and this has 136. A copy that takes a mount's place is the next generation: for a
+/// moment both are kept.
+pub fn name(tenancy: Tenancy, share: &ShareName, generation: u64) -> String {
+    format!("{PREFIX}{}.{:x}.{:x}.{generation}.{share}", tenancy.slot, tenancy.claim.session, tenancy.claim.serial)
+}
+
+/// Which generation of this very mount a name is of, if it is.
+pub fn generation(name: &str, tenancy: Tenancy, share: &ShareName) -> Option<u64> {
+    let generation = name.split('.').nth(4)?.parse().ok()?;
+    (self::name(tenancy, share, generation) == name).then_some(generation)
 }
 
 /// Has the manager keep a copy. It does not poll it (`FDPOLL=0`): that is for connections, and what epoll makes of a mount is an error.
@@ -54,9 +61,15 @@ mod tests {
     fn the_longest_name_fits_and_no_two_mounts_share_one() {
         let share = ShareName::new("a".repeat(63)).unwrap();
         let tenancy = |slot, serial| Tenancy { slot: Slot::new(slot).unwrap(), claim: RequestId { session: u64::MAX, serial } };
-        let longest = name(tenancy(4095, u64::MAX), &share);
+        let longest = name(tenancy(4095, u64::MAX), &share, u64::MAX);
         assert!(longest.len() <= 255 && !longest.contains(':') && longest.is_ascii(), "{longest}");
-        assert_ne!(name(tenancy(1, 1), &share), name(tenancy(1, 2), &share), "the slot's next VM");
-        assert_ne!(name(tenancy(1, 1), &share), name(tenancy(2, 1), &share));
+        assert_ne!(name(tenancy(1, 1), &share, 0), name(tenancy(1, 2), &share, 0), "the slot's next VM");
+        assert_ne!(name(tenancy(1, 1), &share, 0), name(tenancy(2, 1), &share, 0));
+        assert_eq!(generation(&name(tenancy(1, 1), &share, 7), tenancy(1, 1), &share), Some(7));
+        let dotted = ShareName::new("1.2.3").unwrap();
+        assert_eq!(generation(&name(tenancy(1, 1), &dotted, 7), tenancy(1, 1), &dotted), Some(7));
+        for other in [name(tenancy(1, 2), &share, 7), name(tenancy(1, 1), &dotted, 7), "mount.1".into()] {
+            assert_eq!(generation(&other, tenancy(1, 1), &share), None);
+        }
     }
 }

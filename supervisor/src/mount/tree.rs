@@ -10,9 +10,10 @@ use crate::vm::jail::mount::Attributes;
 use diarch_ipc::Error;
 use diarch_ipc::name::{ShareName, Slot};
 use diarch_ipc::spec::DiskAccess;
-use rustix::fs::{FileType, Mode, OFlags, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen, mount_change, move_mount, open_tree,
 };
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -188,7 +189,102 @@ fn stand_in(order: &Order) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
+/// A mount for one use: what is moved into a jail's tree ends with that jail.
+pub struct Copy {
+    pub mount: OwnedFd,
+    /// To be held from now on; none: what was held is as it was.
+    pub instead: Option<OwnedFd>,
+}
+
+/// Copies a held mount, with its flags.
+///
+/// From Linux 6.15 on a mount that is in no tree can be copied where it was made. Before, and for a supervisor that was restarted, it has to be in a tree of the caller's:
+/// that is one for this moment, of which nothing is left. What was held is used up by it, and a second copy takes its place.
+pub fn copy(held: &OwnedFd) -> io::Result<Copy> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    match open_tree(held, c"", flags) {
+        Ok(mount) => Ok(Copy { mount, instead: None }),
+        Err(rustix::io::Errno::INVAL) => copy_in_a_tree(held),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Where a mount is put for a moment. Nothing else looks at it in that tree.
+const STEPPING_STONE: &std::ffi::CStr = c"/proc";
+
+fn copy_in_a_tree(held: &OwnedFd) -> io::Result<Copy> {
+    let copied = std::thread::scope(|scope| {
+        // A mount namespace is for the calling thread: this one ends with it.
+        let work = || -> io::Result<Copy> {
+            own_tree()?;
+            move_mount(held, c"", CWD, STEPPING_STONE, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+            let copy = || open_tree(CWD, STEPPING_STONE, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC);
+            Ok(Copy { mount: copy()?, instead: Some(copy()?) })
+        };
+        scope.spawn(work).join()
+    });
+    copied.unwrap_or_else(|_| Err(io::Error::other("the thread panicked; its message is in the journal")))
+}
+
+/// A mount namespace of this thread's own, from which nothing gets back to where it was copied from.
+#[allow(unsafe_code)]
+fn own_tree() -> io::Result<()> {
+    // SAFETY: without CLONE_FILES no descriptor changes its owner; the thread's directory and root become its own, and it uses neither afterwards.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }?;
+    mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    Ok(())
+}
+
 /// The root of a held tmpfs, opened for whoever fills it.
 pub fn root(mount: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(openat(mount, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    /// As root only: anybody else mounts nothing.
+    fn made() -> Option<OwnedFd> {
+        rustix::process::geteuid().is_root().then(|| tmpfs(1, 0, 0, DiskAccess::ReadWrite).unwrap())
+    }
+    fn write(mount: &OwnedFd, name: &str) {
+        let file = openat(mount, name, OFlags::WRONLY | OFlags::CREATE, Mode::from_raw_mode(0o600)).unwrap();
+        std::fs::File::from(file).write_all(name.as_bytes()).unwrap();
+    }
+    fn text(mount: &OwnedFd, name: &str) -> String {
+        let mut text = String::new();
+        std::fs::File::from(openat(mount, name, OFlags::RDONLY, Mode::empty()).unwrap()).read_to_string(&mut text).unwrap();
+        text
+    }
+    /// Into the tree of a thread that ends: as a jail does.
+    fn used_up(mount: &OwnedFd) -> io::Result<()> {
+        std::thread::scope(|scope| {
+            let work = || -> io::Result<()> {
+                own_tree()?;
+                Ok(move_mount(mount, c"", CWD, STEPPING_STONE, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+            };
+            scope.spawn(work).join().unwrap()
+        })
+    }
+
+    #[test]
+    fn a_mount_serves_one_jail_after_another_with_the_same_content_and_flags() {
+        let Some(mut held) = made() else { return };
+        let before = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        write(&held, "key");
+        for _ in 0..3 {
+            for copy in [copy, copy_in_a_tree] {
+                let Copy { mount, instead } = copy(&held).unwrap();
+                held = instead.unwrap_or(held);
+                assert_eq!((text(&mount, "key"), text(&held, "key")), ("key".into(), "key".into()));
+                let flags = rustix::fs::fstatvfs(&mount).unwrap().f_flag;
+                assert!(flags.contains(rustix::fs::StatVfsMountFlags::NOSUID | rustix::fs::StatVfsMountFlags::NODEV | rustix::fs::StatVfsMountFlags::NOEXEC));
+                used_up(&mount).unwrap();
+                used_up(&mount).unwrap_err();
+            }
+        }
+        assert_eq!(std::fs::read_to_string("/proc/self/mountinfo").unwrap(), before);
+    }
 }

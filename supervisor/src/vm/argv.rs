@@ -65,6 +65,11 @@ pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, beside: &
         Accelerator::Tcg => push(&["-accel", "tcg,thread=multi", "-cpu", "max"]),
     }
     push(&["-smp", &format!("cpus={}", spec.cpus), "-m", &format!("size={}M", spec.memory)]);
+    if !spec.shares.is_empty() {
+        // What serves a shared directory reads and writes the guest's memory, and gets it as a descriptor (vhost-user).
+        let ram = json!({"qom-type": "memory-backend-memfd", "id": "ram", "size": u64::from(spec.memory.get()) << 20, "share": true});
+        push(&["-object", &ram.to_string(), "-machine", "memory-backend=ram"]);
+    }
 
     push(&["-chardev", &format!("socket,id=qmp,fd={QMP_FD},server=on,wait=off"), "-mon", "chardev=qmp,mode=control"]);
     push(&["-add-fd", &format!("fd={CONSOLE_LOG_FD},set={CONSOLE_LOG_FD}")]);
@@ -118,6 +123,10 @@ pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, beside: &
             }
         };
         push(&["-netdev", &backend, "-device", &card.to_string()]);
+    }
+    for ((n, share), fd) in spec.shares.iter().enumerate().zip(first_share_fd(spec, beside)..) {
+        push(&["-chardev", &format!("socket,id=share{n},fd={fd}")]);
+        push(&["-device", &json!({"driver": "vhost-user-fs-pci", "chardev": format!("share{n}"), "tag": share.tag.as_str()}).to_string()]);
     }
     for argument in passed(beside.devices) {
         push(&["-device", &argument.to_string()]);
@@ -195,6 +204,13 @@ fn stream(n: usize, spec: &VmSpec, vhost: Presence) -> String {
 fn first_companion_fd(spec: &VmSpec, vhost: Presence) -> i32 {
     let queues = spec.nics.iter().map(|nic| if let Backend::Tap { queues } = &nic.backend { i32::from(queues.get()) } else { 0 });
     first_vhost_fd(spec) + if vhost == Presence::Given { queues.sum() } else { 0 }
+}
+
+/// Behind those: for each share the connection to what serves it.
+fn first_share_fd(spec: &VmSpec, beside: &Beside<'_>) -> i32 {
+    let carried = spec.nics.iter().filter(|nic| matches!(nic.backend, Backend::User { .. })).count();
+    let carried = if beside.user_mode == Carrier::Passt { i32::try_from(carried).unwrap_or(i32::MAX) } else { 0 };
+    first_companion_fd(spec, beside.vhost).saturating_add(carried)
 }
 
 fn netdev(n: usize, nic: &Nic) -> String {
@@ -316,6 +332,25 @@ mod tests {
             assert_eq!(nets[2]["addr"]["str"], (first + 1).to_string());
             assert!(nets.iter().all(|net| net["type"] != "user"));
         }
+    }
+
+    #[test]
+    fn each_share_is_a_connection_behind_all_others_and_the_guests_memory_is_shared() {
+        let mut spec = example();
+        spec.nics.push(Nic { backend: Backend::Tap { queues: diarch_ipc::name::Queues::new(2).unwrap() }, ..spec.nics[0].clone() });
+        let name = |text: &str| (diarch_ipc::name::ShareName::new(text).unwrap(), diarch_ipc::name::Tag::new(text).unwrap());
+        spec.shares = ["models", "work"].map(name).map(|(share, tag)| diarch_ipc::spec::Share { share, tag }).to_vec();
+        for (vhost, user_mode, more) in [(Presence::Absent, Carrier::Slirp, 0), (Presence::Given, Carrier::Slirp, 2), (Presence::Given, Carrier::Passt, 3)] {
+            let argv = render("q", slot(), &label(), &spec, &Beside { vhost, user_mode, ..Beside::default() });
+            let first = spec.fds().len() + 4 + more;
+            let chardevs = after(&argv, "-chardev");
+            assert_eq!(chardevs[2..], [format!("socket,id=share0,fd={first}"), format!("socket,id=share1,fd={}", first + 1)]);
+            let devices: Vec<serde_json::Value> = after(&argv, "-device").iter().filter_map(|text| serde_json::from_str(text).ok()).collect();
+            let tags: Vec<&serde_json::Value> = devices.iter().filter(|device| device["driver"] == "vhost-user-fs-pci").map(|device| &device["tag"]).collect();
+            assert_eq!(tags, ["models", "work"]);
+            assert!(after(&argv, "-object")[0].contains("\"share\":true") && after(&argv, "-machine").contains(&"memory-backend=ram"));
+        }
+        assert!(after(&render("q", slot(), &label(), &example(), &Beside::default()), "-object").is_empty());
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Companions: programs that run beside a VM's QEMU, for it alone, each in a jail of its own and joined to it by one connection.
 //!
 //! ```text
-//!   QEMU (no network, no directory)  --stream-- passt     sockets of the host, no file        a card of user-mode networking
+//!   QEMU (no network, no directory)  --stream-- passt          sockets of the host, no file        a card of user-mode networking
+//!                                    --vhost-user-- virtiofsd  one mount, no network               a shared directory
 //! ```
 //!
 //! What a guest can reach by breaking its QEMU is thus a protocol that somebody else parses. A companion has the slot's user, and its scope.
@@ -14,9 +15,10 @@
 //! ends while QEMU lives is told by the event `vm.impaired`.
 
 pub mod passt;
+pub mod virtiofsd;
 
 use super::jail::{self, Gated};
-use super::release;
+use super::{release, sockets};
 use crate::host::Host;
 use crate::ledger::{Companion, CompanionKind, Record};
 use crate::process;
@@ -27,7 +29,7 @@ use diarch_ipc::operation::{Event, ExitStatus, SlotState};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::io::Interest;
@@ -57,6 +59,17 @@ pub struct Order {
     pub network: jail::Network,
     pub sockets: jail::Sockets,
     pub sandbox: jail::Sandbox,
+    pub talk: Talk,
+    pub open_files: u64,
+}
+
+/// What it has of the connection to QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Talk {
+    /// Its end.
+    Connected,
+    /// A listening socket, from which it takes it; its name is gone before anybody runs.
+    Listener,
 }
 
 /// One that waits at its gate.
@@ -68,16 +81,17 @@ pub struct Waiting {
 
 impl Order {
     /// Forks it. Gives QEMU's end of the connection too, which nobody else has.
-    pub fn fork(self, uid: u32, limits: jail::Limits, log: &OwnedFd) -> Result<(Waiting, OwnedFd), Error> {
+    pub fn fork(self, directory: &Path, uid: u32, limits: jail::Limits, log: &OwnedFd) -> Result<(Waiting, OwnedFd), Error> {
         let step = |name: &'static str| move |error: io::Error| Error::io(name, &error);
         let null: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/null").map_err(step("open /dev/null"))?.into();
-        let (ours, theirs) = UnixStream::pair().map_err(step("socketpair"))?;
+        let (ours, theirs) = self.talk.pair(directory).map_err(step("a companion's connection"))?;
+        let limits = jail::Limits { open_files: self.open_files, ..limits };
         let copy = || log.try_clone().map_err(step("dup"));
         let root = self.libraries.into_iter().fold(self.root, |root, (path, directory)| root.opened(path, directory));
         let gated = jail::fork(jail::Plan {
             program: self.program,
             argv: self.argv,
-            fds: vec![null, copy()?, copy()?, theirs.into()],
+            fds: vec![null, copy()?, copy()?, theirs],
             uid,
             groups: Vec::new(),
             limits,
@@ -87,7 +101,23 @@ impl Order {
             sandbox: self.sandbox,
             walls: jail::Walls::Jail,
         })?;
-        Ok((Waiting { kind: self.kind, gated }, ours.into()))
+        Ok((Waiting { kind: self.kind, gated }, ours))
+    }
+}
+
+impl Talk {
+    /// QEMU's end, and the companion's.
+    fn pair(self, directory: &Path) -> io::Result<(OwnedFd, OwnedFd)> {
+        const NAME: &str = "companion.sock";
+        match self {
+            Talk::Connected => UnixStream::pair().map(|(ours, theirs)| (ours.into(), theirs.into())),
+            Talk::Listener => {
+                let listener = sockets::listener(directory, NAME)?;
+                let connection = sockets::connection(directory, NAME)?;
+                std::fs::remove_file(directory.join(NAME))?;
+                Ok((connection, listener))
+            }
+        }
     }
 }
 

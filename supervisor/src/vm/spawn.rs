@@ -14,19 +14,19 @@
 //! Killed anywhere in between, the supervisor leaves either nothing or a QEMU whose pid the ledger knows.
 
 use super::argv::{Beside, Carrier};
-use super::companion::{self, Order, passt};
+use super::companion::{self, Order, passt, virtiofsd};
 use super::scope::{self, Scope};
 use super::{argv, jail, sockets, stage, watch};
 use crate::audit::now_ms;
-use crate::grants::Grants;
+use crate::grants::{Grants, Program};
 use crate::ledger::{Companion, CompanionKind, Ledger, Record, Run};
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
 use crate::vfio::{self, Passed};
-use crate::{fd, kvm, net, qemu};
+use crate::{fd, kvm, mount, net, qemu};
 use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
-use diarch_ipc::name::{NicIndex, RequestId, Slot};
+use diarch_ipc::name::{NicIndex, RequestId, ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
 use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, FdKind, FdRole, MAX_DEVICES, MAX_DISKS, MAX_FORWARDS, MAX_NICS, Nic, Presence, VmSpec};
 use sha2::{Digest, Sha256};
@@ -84,6 +84,8 @@ struct Facts {
     /// The devices are a stage's, and nothing reads the guest's memory.
     staged: bool,
     passt: passt::Facts,
+    /// For each share.
+    virtiofsd: Vec<virtiofsd::Opened>,
 }
 
 /// A start that was vetted.
@@ -96,6 +98,9 @@ struct Launch {
     passt: Vec<Order>,
     /// Why there is none, though it is granted.
     instead: Option<String>,
+    /// What its guest is to see, with the program that serves each.
+    shares: Vec<(ShareName, virtiofsd::Opened)>,
+    virtiofsd: Option<Program>,
     program: OwnedFd,
     fds: Vec<OwnedFd>,
     libraries: Vec<(PathBuf, OwnedFd)>,
@@ -159,8 +164,13 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
         supervisor.record_or_believe(before);
         return Err(error);
     }
-    let carrier = hold_user(supervisor, row, &vetted, &before).await;
-    let launched = launch(supervisor, row, slot, vetted, carrier).await;
+    let launched = match copies(supervisor, row, tenancy, &vetted).await {
+        Ok(copies) => {
+            let carrier = hold_user(supervisor, row, &vetted, &before).await;
+            launch(supervisor, row, slot, vetted, copies, carrier).await
+        }
+        Err(error) => Err(error),
+    };
     let launched = match launched {
         Ok(launched) => launched,
         Err(error) => {
@@ -260,7 +270,8 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
             let libraries = qemu::libraries(&name, &granted)?;
             let lockable = rustix::process::getrlimit(rustix::process::Resource::Memlock).maximum;
             let passt = passt::look(&grants, &host, &spec);
-            Ok(Facts { program, hashed, fds, libraries, walls, vhost, devices: Vec::new(), lockable, staged, passt })
+            let virtiofsd = virtiofsd::look(&grants, &host, &spec)?;
+            Ok(Facts { program, hashed, fds, libraries, walls, vhost, devices: Vec::new(), lockable, staged, passt, virtiofsd })
         })
         .await?
 }
@@ -308,7 +319,9 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         egress,
         companions: Vec::new(),
     };
-    let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS + companion::TASKS * passt.len() as u64;
+    let shares: Vec<_> = virtiofsd::admit(vm, spec)?.into_iter().zip(std::mem::take(&mut facts.virtiofsd)).collect();
+    let beside_it = passt.len() + shares.len();
+    let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS + companion::TASKS * beside_it as u64;
     let memlock = admit_lock(spec, &facts)?;
     // A stage's nodes are nobody's to open.
     let nodes =
@@ -322,9 +335,11 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
         argv: argv(if passt.is_empty() { Carrier::Slirp } else { Carrier::Passt }),
         argv_alone: argv(Carrier::Slirp),
-        scope: Scope::of(slot, &vm.record.label, spec, max_tasks, passt.len()).with_nodes(nodes),
+        scope: Scope::of(slot, &vm.record.label, spec, max_tasks, beside_it).with_nodes(nodes),
         passt,
         instead,
+        shares,
+        virtiofsd: grants.virtiofsd.clone(),
         program: facts.program.into(),
         fds: facts.fds.into_iter().chain(facts.vhost).collect(),
         libraries: facts.libraries,
@@ -376,9 +391,6 @@ fn admit_shape(spec: &VmSpec) -> Result<(), Error> {
     at_most("spec.devices", MAX_DEVICES, spec.devices.len())?;
     for nic in &spec.nics {
         at_most("spec.nics.forwards", MAX_FORWARDS, nic.forwards().len())?;
-    }
-    if !spec.shares.is_empty() {
-        return Err(Error::Unsupported { missing: "shares are not built yet".into() });
     }
     if matches!(spec.boot, Boot::Disk { .. }) && spec.disks.is_empty() {
         return Err(Error::invalid("spec.boot", "to boot from a disk there must be one"));
@@ -490,10 +502,26 @@ fn told(supervisor: &Supervisor, record: &Record, reason: &str) {
     supervisor.note(&note);
 }
 
+/// A copy of each mount that the guest is to see.
+async fn copies(supervisor: &Rc<Supervisor>, row: &'static Operation, tenancy: Tenancy, vetted: &Vetted<Launch>) -> Result<Vec<OwnedFd>, Error> {
+    let mut copies = Vec::new();
+    for (share, _) in &vetted.shares {
+        copies.push(mount::copy(supervisor, row, tenancy, share).await?);
+    }
+    Ok(copies)
+}
+
 /// From here on the host changes. What fails leaves no process.
-async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot, vetted: Vetted<Launch>, carrier: Carrier) -> Result<Launched, Error> {
+async fn launch(
+    supervisor: &Rc<Supervisor>,
+    row: &'static Operation,
+    slot: Slot,
+    vetted: Vetted<Launch>,
+    copies: Vec<OwnedFd>,
+    carrier: Carrier,
+) -> Result<Launched, Error> {
     let ledger = supervisor.ledger.clone();
-    let waiting = supervisor.act(row, slot, "fork QEMU", move || fork(vetted, carrier, &ledger)).await??;
+    let waiting = supervisor.act(row, slot, "fork QEMU", move || fork(vetted, copies, carrier, &ledger)).await??;
     if supervisor.scopes
         && let Err(error) = scope::enclose(&waiting.scope, &waiting.children()).await
     {
@@ -512,7 +540,7 @@ impl Waiting {
     }
 }
 
-fn fork(vetted: Vetted<Launch>, carrier: Carrier, ledger: &Ledger) -> Result<Waiting, Error> {
+fn fork(vetted: Vetted<Launch>, copies: Vec<OwnedFd>, carrier: Carrier, ledger: &Ledger) -> Result<Waiting, Error> {
     let mut launch = vetted.into_inner();
     let network = reach(&launch, carrier);
     if carrier == Carrier::Slirp {
@@ -537,8 +565,10 @@ fn fork(vetted: Vetted<Launch>, carrier: Carrier, ledger: &Ledger) -> Result<Wai
     let limits = jail::Limits { tasks: launch.max_tasks, open_files: MAX_OPEN_FILES, locked_bytes: jail::LOCKED_BYTES };
     let mut companions = Vec::new();
     let mut connections = Vec::new();
-    for order in launch.passt {
-        let (one, connection) = order.fork(launch.record.uid, limits, &log)?;
+    let (granted, uid) = (launch.virtiofsd.as_ref(), launch.record.uid);
+    let serving = launch.shares.into_iter().zip(copies).map(|((_, opened), copy)| virtiofsd::order(opened, granted, uid, copy));
+    for order in launch.passt.into_iter().chain(serving) {
+        let (one, connection) = order.fork(&directory, uid, limits, &log)?;
         companions.push(one);
         connections.push(connection);
     }

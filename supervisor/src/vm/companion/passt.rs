@@ -8,7 +8,7 @@
 //!
 //! Checked against passt of Debian 12 (2023-01) and Debian 13 (2025-05).
 
-use super::{Order, TALK_FD};
+use super::{Order, TALK_FD, Talk};
 use crate::grants::{Grants, Program};
 use crate::host::Host;
 use crate::ledger::CompanionKind;
@@ -22,6 +22,8 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+/// For the guest's connections, and those into it.
+const OPEN_FILES: u64 = 4096;
 const GUEST: &str = "10.0.2.15";
 const GATEWAY: &str = "10.0.2.2";
 const NAME_SERVER: &str = "10.0.2.3";
@@ -109,6 +111,8 @@ pub fn orders(facts: Facts, granted: Option<&Program>, spec: &VmSpec) -> Result<
         network: Network::Host,
         sockets: Sockets::InternetAndRoutes,
         sandbox: Sandbox::Pretended,
+        talk: Talk::Connected,
+        open_files: OPEN_FILES,
     };
     Ok((ready.into_iter().zip(cards(spec)).map(order).collect(), egress))
 }

@@ -80,6 +80,18 @@ impl Root {
         root
     }
 
+    /// For a program that looks at a file of the kernel's own (`/proc/sys/...`), which its `/proc` has not: that is then elsewhere, with links to what programs use of
+    /// it, and the file is where it is looked for.
+    pub fn kernel_file(mut self, path: &str) -> Self {
+        for entry in self.entries.iter_mut().filter(|entry| matches!(entry.what, What::Proc)) {
+            entry.at = "/processes".into();
+        }
+        for own in ["self", "thread-self"] {
+            self.put(format!("/proc/{own}"), What::Link(format!("/processes/{own}").into()));
+        }
+        self.host_if_there(path)
+    }
+
     fn put(&mut self, at: impl Into<PathBuf>, what: What) {
         self.entries.push(Entry { at: at.into(), what });
     }

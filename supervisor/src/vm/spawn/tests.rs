@@ -36,6 +36,7 @@ fn facts() -> Facts {
         lockable: None,
         staged: false,
         passt: passt::Facts::Unasked,
+        virtiofsd: Vec::new(),
     }
 }
 fn record(slot: u64, label: &str, state: SlotState, run: Option<Run>) -> Record {
