@@ -181,7 +181,8 @@ async fn serve(supervisor: Rc<Supervisor>, findings: Findings, stored: Vec<Store
     }
     tell_manager(&[NotifyState::Stopping]);
     // VMs live on, and the next supervisor finds them in the ledger.
-    supervisor.note("stopped by a signal; VMs run on");
+    let vms = supervisor.slots.borrow().len();
+    supervisor.note(&if vms == 0 { "stopped by a signal".to_owned() } else { format!("stopped by a signal; {vms} VMs stay as they are") });
     tracing::info!("stopping; VMs run on");
     Ok(())
 }

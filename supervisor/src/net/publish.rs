@@ -48,7 +48,12 @@ async fn take_back(supervisor: &Rc<Supervisor>, row: &'static Operation, tenancy
 }
 
 async fn set(supervisor: &Rc<Supervisor>, row: &'static Operation, record: Record, before: Record) -> Result<(), Error> {
-    if supervisor.host.rehearses(|| format!("set the published ports of slot {}: {:?}", record.slot, record.resources.published)) {
+    let said = || {
+        let forwards = record.resources.published.iter().flat_map(|publication| &publication.forwards);
+        let each: Vec<String> = forwards.map(|f| format!("{}:{}/{} to {}", f.host_address, f.host_port, f.protocol, f.guest_port)).collect();
+        format!("set the published ports of slot {}: {}", record.slot, if each.is_empty() { "none".into() } else { each.join(", ") })
+    };
+    if supervisor.host.rehearses(said) {
         return Ok(());
     }
     let Err(error) = settle(supervisor, row, &record, None).await else { return Ok(()) };

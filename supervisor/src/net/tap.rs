@@ -76,7 +76,7 @@ pub async fn open(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &Op
     let before = supervisor.with(ask.tenancy, |vm| vm.record.clone())?;
     supervisor.record(vetted.record.clone())?;
     let answer = opened(&vetted, slot);
-    let would = || format!("make the tap {} with {} queues on network {}, and its rules", answer.name, vetted.tap.queues, vetted.tap.network);
+    let would = || format!("make the tap {} (queues: {}) on network {}, and its rules", answer.name, vetted.tap.queues, vetted.tap.network);
     if supervisor.host.rehearses(would) {
         let stand_in = || File::options().read(true).write(true).open("/dev/null").map(|null| Rc::new(OwnedFd::from(null)));
         let fds = (0..ask.queues.get()).map(|_| stand_in()).collect::<io::Result<_>>().map_err(|error| Error::io("open /dev/null", &error))?;

@@ -72,24 +72,33 @@ pub fn rehearse(of: &Rehearsal<'_>, screen: &mut Screen<'_>) -> Result<Exit, Sto
         None => place.root.join("host"),
     };
     let mut halves = Halves::start(&place, &directory, &stage, &granted)?;
-    screen.say(format!("# the worker of this rehearsal: diarch --socket {} vm list", place.control().display()))?;
+    remark(screen, &format!("# the worker of this rehearsal: diarch --socket {} vm list", place.control().display()))?;
     let settled = follow(of, &place, &mut halves, screen);
     halves.end(&place);
     let vms = settled?;
     // Stopped or not, all of it is in the audit: what root was asked, and what a stage said it would have done.
     if !of.stay {
-        screen.say("# what root was asked to do")?;
+        remark(screen, "# what root was asked to do")?;
         audit::tail(&place.audit(), u32::MAX, false, screen)?;
     }
     let refused: Vec<&VmView> = vms.iter().filter(|vm| matches!(vm.phase, Phase::Failed | Phase::BackOff)).collect();
     for vm in &refused {
-        screen.say(format!("# {}: {}", vm.name, vm.reason.as_deref().unwrap_or("failed")))?;
+        remark(screen, &format!("# {}: {}", vm.name, vm.reason.as_deref().unwrap_or("failed")))?;
     }
     let unread = files.problems.len();
     for problem in &files.problems {
-        screen.say(format!("# {}", super::validate::line(problem)))?;
+        remark(screen, &format!("# {}", super::validate::line(problem)))?;
     }
     Ok(if refused.is_empty() && unread == 0 { Exit::Ok } else { Exit::Failed })
+}
+
+/// What is no record: beside the records' stream where programs read that.
+fn remark(screen: &mut Screen<'_>, text: &str) -> Result<(), Stop> {
+    if screen.json {
+        let _ = writeln!(screen.err, "{}", super::escape::cell(text));
+        return Ok(());
+    }
+    screen.say(text)
 }
 
 /// Until nothing moves any more, or whoever types has had enough.
