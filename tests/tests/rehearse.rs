@@ -32,13 +32,12 @@ fn place() -> tempfile::TempDir {
 }
 
 fn vm(place: &Path, name: &str, more: &str) {
-    let text =
-        format!(r#"{{"name": "{name}", "qemu_configuration": {{"cores": 1, "mem_mb": 64, "accel": "tcg"}}, "image": {{"kernel": "{}"}}{more}}}"#, KERNEL);
+    let text = format!(
+        r#"{{"name": "{name}", "qemu_configuration": {{"cores": 1, "mem_mb": 64, "accel": "tcg"}}, "image": {{"kernel": "{}/vmlinuz"}}{more}}}"#,
+        need::guest().unwrap().display()
+    );
     std::fs::write(place.join("vms").join(format!("{name}.json")), text).unwrap();
 }
-
-/// QEMU starts with any file as its kernel that it can load, and this one ends nowhere; the rehearsal goes as far as the spawn.
-const KERNEL: &str = "/bin/true";
 
 fn text(of: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&of.stdout), String::from_utf8_lossy(&of.stderr))
@@ -46,7 +45,7 @@ fn text(of: &Output) -> String {
 
 #[test]
 fn what_root_would_have_been_asked_is_told_and_nothing_of_it_is_done() {
-    need!(Kernel(6, 5));
+    need!(Kernel(6, 5), Qemu, Guest);
     let place = place();
     let stage = Stage::set(&place.path().join("host"), &[Shape::SingleGpu]);
     vm(
@@ -70,6 +69,8 @@ fn what_root_would_have_been_asked_is_told_and_nothing_of_it_is_done() {
     ] {
         assert!(said.contains(part), "{part}\n{said}");
     }
+    assert_eq!(said.matches("vm.spawn          ok").count(), 2, "{said}");
+    assert_eq!(ended.status.code(), Some(0), "{said}");
     stage.assert_as(&before, "after the rehearsal");
     let left: Vec<_> =
         std::fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().file_name()).filter(|name| name != "vms" && name != "host").collect();
@@ -78,7 +79,7 @@ fn what_root_would_have_been_asked_is_told_and_nothing_of_it_is_done() {
 
 #[test]
 fn grants_that_are_given_are_held_to_and_a_broken_file_is_named() {
-    need!(Kernel(6, 5));
+    need!(Kernel(6, 5), Qemu, Guest);
     let place = place();
     vm(place.path(), "large", r#""#);
     std::fs::write(place.path().join("vms/bad.json"), "{").unwrap();

@@ -172,7 +172,7 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, ask: &OpenTap, facts: &Facts
         }
     };
     let tap = Tap { nic: ask.nic, network: ask.network.clone(), mac: ask.mac.clone(), address, queues: ask.queues };
-    unique(slots, slot, &tap)?;
+    unique(grants, slots, slot, &tap)?;
     let mut record = vm.record.clone();
     let known = record.resources.taps.iter().any(|known| known.nic == tap.nic);
     let stale = facts.links.iter().find(|link| link.name == name(slot, tap.nic));
@@ -197,9 +197,15 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, ask: &OpenTap, facts: &Facts
 }
 
 /// Two cards with one address on one network would take each other's packets.
-fn unique(slots: &BTreeMap<Slot, Vm>, slot: Slot, tap: &Tap) -> Result<(), Error> {
+fn unique(grants: &Grants, slots: &BTreeMap<Slot, Vm>, slot: Slot, tap: &Tap) -> Result<(), Error> {
+    // Two networks may be one bridge, with other rules for the one's guests than for the other's.
+    let bridge = |name: &diarch_ipc::name::NetworkName| match grants.network.get(name.as_str()).map(crate::grants::Network::place) {
+        Some(Ok(Place::Bridge(bridge))) => Some(bridge),
+        _ => None,
+    };
+    let together = |other: &Tap| other.network == tap.network || bridge(&other.network).is_some_and(|other| bridge(&tap.network) == Some(other));
     for vm in slots.values() {
-        let others = vm.record.resources.taps.iter().filter(|other| other.network == tap.network && (vm.record.slot, other.nic) != (slot, tap.nic));
+        let others = vm.record.resources.taps.iter().filter(|other| together(other) && (vm.record.slot, other.nic) != (slot, tap.nic));
         for other in others {
             let taken = if other.mac == tap.mac {
                 Some(format!("the MAC address {}", tap.mac))
@@ -209,7 +215,7 @@ fn unique(slots: &BTreeMap<Slot, Vm>, slot: Slot, tap: &Tap) -> Result<(), Error
             if let Some(what) = taken {
                 return Err(Error::Conflict {
                     holder: format!("VM {}", vm.record.label),
-                    reason: format!("card {} of it has {what} on network {}", other.nic, tap.network),
+                    reason: format!("card {} of it has {what} on network {}", other.nic, other.network),
                 });
             }
         }

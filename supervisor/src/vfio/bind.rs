@@ -87,6 +87,9 @@ fn taken_already(record: Option<&Record>, holder: &Holder, function: &Bdf) -> Re
             reason: format!("it has {function}, with IOMMU group {} ({})", record.group, record.state.as_str()),
         });
     }
+    if record.holder.is_none() && record.state != DeviceState::Quarantined {
+        return Err(Error::WrongState { state: record.state.as_str().into(), reason: format!("IOMMU group {} is on its way back to the host", record.group) });
+    }
     match record.state {
         DeviceState::Bound | DeviceState::Attached if record.has(function) => Ok(Some(Bound { device: record.shown() })),
         // A bridge of the group, say.

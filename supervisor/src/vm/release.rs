@@ -36,11 +36,10 @@ pub async fn release(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
     };
     // Undoing may be done twice, so it goes on when /run is full: with the old record there, a restarted supervisor finds the process gone.
     supervisor.record_or_believe(vetted.record.clone());
-    // First, though it stands under the process: whatever that does until it ends, it does to nobody. A network that can't be cleared keeps no VM alive.
-    let cleared = net::clear(supervisor, row, &vetted.record).await;
+    // The processes first: nothing that may be waited for, such as the packet filter, keeps a VM alive.
     let (ended, host) = (vetted.record.clone(), Arc::clone(&supervisor.host));
     supervisor.act(row, slot, "end QEMU", move || end_qemu(&vetted, &host)).await??;
-    cleared?;
+    net::clear(supervisor, row, &ended).await?;
     mount::detach::all(supervisor, slot).await;
     // Nobody has them open any more.
     vfio::release::all_of(supervisor, ask.tenancy).await;

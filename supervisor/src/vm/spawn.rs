@@ -165,10 +165,10 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
         return Err(error);
     }
     let launched = match copies(supervisor, row, tenancy, &vetted).await {
-        Ok(copies) => {
-            let carrier = hold_user(supervisor, row, &vetted, &before).await;
-            launch(supervisor, row, slot, vetted, copies, carrier).await
-        }
+        Ok(copies) => match hold_user(supervisor, row, &vetted, &before).await {
+            Ok(carrier) => launch(supervisor, row, slot, vetted, copies, carrier).await,
+            Err(error) => Err(error),
+        },
         Err(error) => Err(error),
     };
     let launched = match launched {
@@ -361,7 +361,7 @@ fn reach(launch: &Launch, carrier: Carrier) -> Reach {
 
 /// Has the packet filter hold the slot's user to what its guest may reach, before it has a process in the host's network. Where that can't be, QEMU
 /// carries its cards itself, which knows a closed network without help.
-async fn hold_user(supervisor: &Rc<Supervisor>, row: &'static Operation, launch: &Launch, before: &Record) -> Carrier {
+async fn hold_user(supervisor: &Rc<Supervisor>, row: &'static Operation, launch: &Launch, before: &Record) -> Result<Carrier, Error> {
     let held = |record: &Record| record.run.as_ref().is_some_and(|run| run.egress.is_some());
     let wanted = held(&launch.record);
     // Also where only an earlier run was held, whose rules are there still.
@@ -370,8 +370,10 @@ async fn hold_user(supervisor: &Rc<Supervisor>, row: &'static Operation, launch:
         told(supervisor, before, reason);
     }
     match settled {
-        Ok(()) if wanted => return Carrier::Passt,
+        Ok(()) if wanted => return Ok(Carrier::Passt),
         Ok(()) => {}
+        // What passes by itself is no reason for the weaker way: a worker could bring it about.
+        Err(error @ (Error::Exhausted { .. } | Error::Timeout { .. })) => return Err(error),
         Err(error) => {
             told(supervisor, before, &error.to_string());
             let mut record = launch.record.clone();
@@ -381,7 +383,7 @@ async fn hold_user(supervisor: &Rc<Supervisor>, row: &'static Operation, launch:
             supervisor.record_or_believe(record);
         }
     }
-    Carrier::Slirp
+    Ok(Carrier::Slirp)
 }
 
 fn admit_shape(spec: &VmSpec) -> Result<(), Error> {
