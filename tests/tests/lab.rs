@@ -1,5 +1,10 @@
 //! The lab itself: it has the devices that it says, KVM works in it, and a device can be passed on to a VM in it and taken back. All by hand, by what the
 //! kernel offers, and by nothing of Diarch's: what fails here is not Diarch's fault.
+//!
+//! `devices` is what the supervisor does with real devices. It is in here because all of these tests share one lab.
+
+#[path = "lab/devices.rs"]
+mod devices;
 
 use diarch_tests::lab::{Lab, WORD, device, in_lab};
 use diarch_tests::machine::vm_file_guest;

@@ -5,8 +5,9 @@
 //!   test <--{"n": 7, "ok": {...}, "fds": 0, "ms": 3} or {"n": 7, "error": {...}}-- puppet
 //! ```
 //!
-//! Requests are asked as they come, any number at one time; `{"n": .., "state": true}` answers the connection's state. `diarch-puppet SOCKET DIRECTORY`: SOCKET is the test's, DIRECTORY is
-//! where the puppet may write the logs of the VMs it starts.
+//! Requests are asked as they come, any number at one time; `{"n": .., "state": true}` answers the connection's state.
+//! `diarch-puppet SOCKET DIRECTORY [FILES]`: SOCKET is the test's, DIRECTORY is where the puppet may write the logs of the VMs it starts, FILES has what they read
+//! (`kernel`, `initrd`). Where SOCKET is `-`, the lines are those of standard input, all at once; the puppet prints the answers and ends.
 
 use diarch_ipc::client::{Client, Restarter, Settings};
 use diarch_ipc::operation::Request;
@@ -14,12 +15,13 @@ use diarch_ipc::spec::{FdAccess, FdRole};
 use serde::Deserialize;
 use serde_json::json;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tokio::task::JoinSet;
 
 /// Long enough for a supervisor that needs all its restarts.
 const CALL: Duration = Duration::from_secs(30);
@@ -43,18 +45,26 @@ impl Restarter for LeftToSystemd {
 async fn main() {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
     let (Some(socket), Some(directory)) = (arguments.next(), arguments.next()) else {
-        eprintln!("usage: diarch-puppet SOCKET DIRECTORY");
+        eprintln!("usage: diarch-puppet SOCKET DIRECTORY [FILES]");
         std::process::exit(2);
     };
-    let stream = UnixStream::connect(&socket).await.expect("the test listens");
-    let (read, mut write) = stream.into_split();
+    let files = arguments.next();
+    let (read, mut write): (Box<dyn AsyncBufRead + Unpin>, Box<dyn AsyncWrite + Send + Unpin>) = if socket.as_os_str() == "-" {
+        let lines = std::io::read_to_string(std::io::stdin()).expect("standard input");
+        let stdout = std::io::stdout().as_fd().try_clone_to_owned().expect("dup");
+        (Box::new(std::io::Cursor::new(lines)), Box::new(tokio::fs::File::from_std(stdout.into())))
+    } else {
+        let (read, write) = UnixStream::connect(&socket).await.expect("the test listens").into_split();
+        (Box::new(BufReader::new(read)), Box::new(write))
+    };
     let (client, mut events) = Client::start(Settings::new(diarch_ipc::SUPERVISOR_SOCKET), Box::new(LeftToSystemd));
     tokio::spawn(async move { while events.recv().await.is_some() {} });
     let client = std::sync::Arc::new(client);
     let (answers, mut to_write) = tokio::sync::mpsc::unbounded_channel::<serde_json::Value>();
-    tokio::spawn(async move {
+    let written = tokio::spawn(async move {
         while let Some(answer) = to_write.recv().await {
             write.write_all(format!("{answer}\n").as_bytes()).await.expect("the test reads");
+            write.flush().await.expect("the test reads");
         }
     });
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -66,17 +76,18 @@ async fn main() {
             }
         });
     }
-    let mut lines = BufReader::new(read).lines();
+    let mut lines = read.lines();
+    let mut asked = JoinSet::new();
     while let Some(line) = lines.next_line().await.expect("the test writes") {
         let line: Line = serde_json::from_str(&line).expect("a line as above");
         let Some(request) = line.ask else {
             let _ = answers.send(json!({"n": line.n, "state": format!("{:?}", *client.state().borrow())}));
             continue;
         };
-        let (client, answers, directory) = (client.clone(), answers.clone(), directory.clone());
-        tokio::spawn(async move {
+        let (client, answers, directory, files) = (client.clone(), answers.clone(), directory.clone(), files.clone());
+        asked.spawn(async move {
             let fds = match &request {
-                Request::VmSpawn(spawn) => spawn.spec.fds().iter().map(|role| open(*role, &directory)).collect(),
+                Request::VmSpawn(spawn) => spawn.spec.fds().iter().map(|role| open(*role, &directory, files.as_deref())).collect(),
                 _ => Vec::new(),
             };
             let asked = Instant::now();
@@ -88,12 +99,16 @@ async fn main() {
             });
         });
     }
+    drop(answers);
+    asked.join_all().await;
+    written.await.expect("what is asked is answered");
 }
 
 /// What the role asks for; the stub QEMU reads none of it. (What the worker's umask makes could not be read by QEMU's user.)
-fn open(role: FdRole, directory: &Path) -> OwnedFd {
+fn open(role: FdRole, directory: &Path, files: Option<&Path>) -> OwnedFd {
     if role.access == FdAccess::ReadOnly {
-        return File::open("/srv/stub/kernel").expect("every test machine has it").into();
+        let file = files.map_or_else(|| "/srv/stub/kernel".into(), |files| files.join(role.name));
+        return File::open(file).expect("every test machine has it").into();
     }
     let path = directory.join(format!("puppet-{}", role.name));
     let mut options = File::options();
