@@ -208,7 +208,7 @@ operations! {
         fds_in: &["log", "console", "kernel?", "initrd?", "firmware?", "disk*", "tap*"],
         fds_out: &["pidfd", "qmp"],
         secret_fields: &[],
-        grant: &["qemu", "vms.memory_mib", "vms.cpus_each", "vms.kvm", "forwards.allow", "forwards.egress", "passt"],
+        grant: &["qemu", "vms.memory_mib", "vms.cpus_each", "vms.kvm", "forwards.allow", "forwards.egress", "passt", "virtiofsd"],
         reason: "QEMU runs under a user id of its own, which only root can give it; so a VM that escapes finds nothing of another's.",
         deadline_ms: 10_000,
     }
