@@ -459,15 +459,7 @@ impl Stage {
                     open.push(path.clone());
                     format!("directory {mode:o}")
                 } else {
-                    let content = fs::read(&path).unwrap_or_default();
-                    // A line break is how it is emptied, and a kernel then shows `(null)`; what follows the first line is what was there before.
-                    let line = content.split(|byte| *byte == b'\n').next().unwrap_or_default();
-                    let shown = match line {
-                        _ if !path.ends_with("driver_override") => &content[..],
-                        b"" => b"(null)",
-                        line => line,
-                    };
-                    format!("file {mode:o} {:?}", String::from_utf8_lossy(shown))
+                    format!("file {mode:o} {:?}", shown(&path))
                 };
                 all.insert(path.strip_prefix(&self.root).expect("below").to_string_lossy().into_owned(), what);
             }
@@ -663,6 +655,17 @@ impl Kernel {
         }
         let _ = fs::remove_file(self.root.join("sys/bus/pci/devices").join(function));
         let _ = fs::remove_dir_all(path);
+    }
+}
+
+/// What a kernel would show in a file of the stage. An override is emptied by a line break, and shows as `(null)` then; what follows the first line is what was
+/// there before.
+pub fn shown(path: &Path) -> String {
+    let content = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+    match content.split('\n').next() {
+        _ if !path.ends_with("driver_override") => content,
+        None | Some("") => "(null)".into(),
+        Some(line) => line.into(),
     }
 }
 

@@ -223,6 +223,9 @@ const REFUSED: &[Case] = &[
     (Shape::SingleGpu, disk_under_lvm, GPU, "sdx1, which is mounted through dm-3 on /srv"),
     (Shape::SingleGpu, disk_in_a_raid, GPU, "sdx, which is part of md7"),
     (Shape::SingleGpu, disk_in_btrfs, GPU, "sdx, which is part of btrfs 0d8a"),
+    (Shape::SingleGpu, disk_with_a_journal, GPU, "sdx, which is part of a file system, with its journal"),
+    (Shape::SingleGpu, disk_behind_a_loop, GPU, "sdx, which is part of loop3"),
+    (Shape::SingleGpu, disk_with_a_log, GPU, "sdx, which is mounted on /srv"),
     (Shape::SingleGpu, disk_of_a_container, GPU, "sdx, which is mounted on /data"),
     (Shape::SingleGpu, disk_behind_several_ways, GPU, "nvme3n1, which is mounted on /far"),
     (Shape::SingleGpu, |s| std::fs::remove_file(s.root().join("sys").join(s.place(GPU)).join("iommu_group")).unwrap(), GPU, "intel_iommu=on"),
@@ -262,6 +265,26 @@ fn disk_in_a_raid(stage: &Stage) {
 fn disk_in_btrfs(stage: &Stage) {
     disk(stage);
     std::fs::create_dir_all(stage.root().join("sys/fs/btrfs/0d8a/devices/sdx")).unwrap();
+}
+/// Only the journal of a file system that lies elsewhere.
+fn disk_with_a_journal(stage: &Stage) {
+    disk(stage);
+    std::fs::create_dir_all(stage.root().join("proc/fs/jbd2/sdx")).unwrap();
+}
+/// Behind a loop device that nobody mounted: the kernel names no holder.
+fn disk_behind_a_loop(stage: &Stage) {
+    disk(stage);
+    let sys = stage.root().join("sys");
+    std::fs::create_dir_all(sys.join("devices/virtual/block/loop3/loop")).unwrap();
+    std::fs::create_dir_all(sys.join("devices/virtual/block/loop3/holders")).unwrap();
+    std::fs::write(sys.join("devices/virtual/block/loop3/dev"), "7:3\n").unwrap();
+    std::fs::write(sys.join("devices/virtual/block/loop3/loop/backing_file"), "/dev/sdx\n").unwrap();
+    std::os::unix::fs::symlink("../../devices/virtual/block/loop3", sys.join("class/block/loop3")).unwrap();
+}
+/// The log of an XFS that lies elsewhere.
+fn disk_with_a_log(stage: &Stage) {
+    disk(stage);
+    stage.mount("41 25 259:5 / /srv rw - xfs /dev/nvme9n1 rw,attr2,logdev=/dev/sdx,noquota");
 }
 /// Mounted where the host itself does not see it.
 fn disk_of_a_container(stage: &Stage) {

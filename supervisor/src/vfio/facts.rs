@@ -311,6 +311,8 @@ struct Storage {
     swaps: BTreeSet<String>,
     /// Disk to file system, for those of several disks, whose mounts show none of them or one.
     members: BTreeMap<String, String>,
+    /// Loop devices with the file behind each, which may be a disk's node: the kernel shows no holder for that.
+    loops: Vec<(String, String)>,
     zfs: bool,
 }
 
@@ -332,7 +334,7 @@ impl Storage {
             if seen.insert(view)
                 && let Some(text) = there(proc.text(&format!("{process}/mountinfo")))?
             {
-                storage.mounts.extend(text.lines().filter_map(mount));
+                storage.mounts.extend(text.lines().flat_map(mounts));
             }
         }
         let swaps = there(proc.text("swaps"))?.unwrap_or_default();
@@ -347,6 +349,17 @@ impl Storage {
                         storage.members.insert(disk, format!("{} {file_system}", place.trim_start_matches("fs/")));
                     }
                 }
+            }
+        }
+        // A file system's journal on a disk of its own (ext4: `sdc`; within its own disk: `sdb1-8`). Nothing else in the kernel's files says so.
+        for journal in there(proc.names("fs/jbd2"))?.unwrap_or_default() {
+            let (disk, inode) = journal.rsplit_once('-').unwrap_or((&journal, "0"));
+            let disk = if inode.bytes().all(|byte| byte.is_ascii_digit()) { disk } else { &journal };
+            storage.members.entry(disk.to_owned()).or_insert_with(|| "a file system, with its journal".into());
+        }
+        for disk in there(sysfs.names("class/block"))?.unwrap_or_default().into_iter().filter(|name| name.starts_with("loop")) {
+            if let Some(file) = there(sysfs.text(&format!("class/block/{disk}/loop/backing_file")))? {
+                storage.loops.push((disk, file));
             }
         }
         Ok(storage)
@@ -364,7 +377,7 @@ impl Storage {
             let number = there(host.sysfs().text(&format!("{at}/dev")))?.unwrap_or_default();
             // The kernel writes `!` for the `/` of a node's name (cciss!c0d0).
             let node = format!("/dev/{}", next.replace('!', "/"));
-            let here = self.mounts.iter().filter(|mount| mount.number == number || mount.source == node);
+            let here = self.mounts.iter().filter(|mount| (!number.is_empty() && mount.number == number) || mount.source == node);
             block.mounted.extend(here.map(|mount| mount.point.clone()));
             block.swap |= self.swaps.contains(node.trim_start_matches("/dev/"));
             if let Some(file_system) = self.members.get(&next) {
@@ -375,6 +388,8 @@ impl Storage {
                 block.member = Some("a ZFS pool".into());
             }
             let holders = there(host.sysfs().names(&format!("{at}/holders")))?.unwrap_or_default();
+            let looped = self.loops.iter().filter(|(_, file)| *file == node).map(|(name, _)| name.clone());
+            let holders: Vec<String> = holders.into_iter().chain(looped).collect();
             block.holders.extend(holders.iter().cloned());
             open.extend(holders);
         }
@@ -384,12 +399,18 @@ impl Storage {
     }
 }
 
-/// proc(5): `36 35 98:0 /root /mount/point options optional... - type source options`.
-fn mount(line: &str) -> Option<Mount> {
-    let mut fields = line.split(' ');
-    let (number, point) = (fields.nth(2)?, fields.nth(1)?);
-    let source = fields.skip_while(|field| *field != "-").nth(2)?;
-    Some(Mount { number: number.to_owned(), source: source.to_owned(), point: point.to_owned() })
+/// proc(5): `36 35 98:0 /root /mount/point options optional... - type source options`. XFS names the disks of its log and real-time section in the last.
+fn mounts(line: &str) -> Vec<Mount> {
+    let parse = || {
+        let mut fields = line.split(' ');
+        let (number, point) = (fields.nth(2)?, fields.nth(1)?);
+        let mut behind = fields.skip_while(|field| *field != "-").skip(2);
+        Some((number, point, behind.next()?, behind.next().unwrap_or_default()))
+    };
+    let Some((number, point, source, options)) = parse() else { return Vec::new() };
+    let further = options.split(',').filter_map(|option| option.strip_prefix("logdev=").or_else(|| option.strip_prefix("rtdev=")));
+    let mount = |(number, source): (&str, &str)| Mount { number: number.to_owned(), source: source.to_owned(), point: point.to_owned() };
+    std::iter::once((number, source)).chain(further.map(|disk| ("", disk))).map(mount).collect()
 }
 
 // ---- network ----
@@ -449,10 +470,11 @@ mod tests {
 
     #[test]
     fn a_mount_is_read_with_and_without_optional_fields() {
-        let of = |line: &str| mount(line).map(|mount| (mount.number, mount.source, mount.point));
-        let read = |number: &str, source: &str, point: &str| Some((number.to_owned(), source.to_owned(), point.to_owned()));
+        let of = |line: &str| mounts(line).into_iter().map(|mount| (mount.number, mount.source, mount.point)).collect::<Vec<_>>();
+        let read = |number: &str, source: &str, point: &str| vec![(number.to_owned(), source.to_owned(), point.to_owned())];
         assert_eq!(of("36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw"), read("98:0", "/dev/root", "/mnt"));
         assert_eq!(of("24 1 259:2 / / rw - ext4 /dev/nvme0n1p2 rw"), read("259:2", "/dev/nvme0n1p2", "/"));
-        assert_eq!(of("24 1 259:2"), None);
+        assert_eq!(of("41 25 8:1 / /srv rw - xfs /dev/sda1 rw,logdev=/dev/sdx,noquota")[1..], read("", "/dev/sdx", "/srv"));
+        assert!(of("24 1 259:2").is_empty());
     }
 }

@@ -6,7 +6,6 @@ use nix::unistd::{Uid, setfsuid};
 use rustix::fs::OFlags;
 use std::fmt;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 
 /// A device node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +82,8 @@ impl Drop for AsUser {
 
 /// By its name, or by its numbers under whatever name a container gave it.
 fn found<'a>(host: &Host, nodes: &'a [Node], at: &str, text: &str) -> Option<&'a Node> {
-    if !text.starts_with("/dev/") {
+    // Pipes, sockets and the like have no path. A node may have any.
+    if !text.starts_with('/') {
         return None;
     }
     if let Some(node) = nodes.iter().find(|node| node.name == text) {
@@ -92,8 +92,8 @@ fn found<'a>(host: &Host, nodes: &'a [Node], at: &str, text: &str) -> Option<&'a
     if host.is_staged() || nodes.iter().all(|node| node.number.is_none()) {
         return None;
     }
-    // A look at an open device node waits for nobody.
-    let meta = std::fs::metadata(host.procfs().join(at)).ok()?;
-    let number = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+    // Without asking the file system anew: a file on a mute one must not hold this up. One that was closed meanwhile is nobody's.
+    let stat = rustix::fs::statx(rustix::fs::CWD, host.procfs().join(at), rustix::fs::AtFlags::STATX_DONT_SYNC, rustix::fs::StatxFlags::TYPE).ok()?;
+    let number = (stat.stx_rdev_major, stat.stx_rdev_minor);
     nodes.iter().find(|node| node.number == Some(number))
 }

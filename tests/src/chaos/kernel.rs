@@ -297,8 +297,7 @@ fn stage(root: &Path, directory: &Path, facts: &mut Facts) {
         } else if meta.is_dir() {
             stage(root, &path, facts);
         } else {
-            let content = fs::read(&path).unwrap_or_default();
-            facts.add(Noun::Device, format!("{name} file {:o} {}", meta.permissions().mode() & 0o7777, String::from_utf8_lossy(&content).trim_end()));
+            facts.add(Noun::Device, format!("{name} file {:o} {}", meta.permissions().mode() & 0o7777, crate::stage::shown(&path).trim_end()));
         }
     }
 }
