@@ -546,14 +546,16 @@ impl Host {
     /// What must be the same before and after whatever leaves nothing behind; taken when it has settled (a half that has just said
     /// READY=1 may still hold the socket that it said it on).
     pub fn inventory(&self) -> Inventory {
-        let mut last = self.glance();
+        let (mut last, mut same) = (self.glance(), 0);
         for _ in 0..100 {
             std::thread::sleep(Duration::from_millis(20));
             let now = self.glance();
-            if now == last {
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+            // Once is not enough on a machine that is busy.
+            if same == 5 {
                 break;
             }
-            last = now;
         }
         last
     }
