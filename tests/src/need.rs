@@ -22,6 +22,8 @@ pub enum Need {
     Lab,
     /// `ip` and `nft`.
     Network,
+    /// `/usr/bin/passt`.
+    Passt,
     /// What makes and mounts an erofs and a squashfs: the tools, the kernel's file systems, loop devices.
     Images,
     /// The package (`make deb`), named by `DIARCH_DEB`.
@@ -54,6 +56,7 @@ impl Need {
                 let missing: Vec<String> = parts.into_iter().flatten().collect();
                 (!missing.is_empty()).then(|| missing.join(" and "))
             }
+            Need::Passt => (!PathBuf::from("/usr/bin/passt").exists()).then(|| "passt (apt install passt)".into()),
             Need::Network => {
                 let tool = |name: &str| ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].iter().any(|dir| PathBuf::from(dir).join(name).exists());
                 let lacks: Vec<&str> = [("ip", "iproute2"), ("nft", "nftables")].iter().filter(|(name, _)| !tool(name)).map(|(_, package)| *package).collect();
@@ -143,7 +146,7 @@ pub fn met(test: &str, needs: &[Need]) -> bool {
 macro_rules! need {
     ($($need:expr),+ $(,)?) => {{
         #[allow(unused_imports)]
-        use $crate::need::Need::{Guest, Images, Kernel, Lab, Machine, Network, Package, Qemu, Root};
+        use $crate::need::Need::{Guest, Images, Kernel, Lab, Machine, Network, Package, Passt, Qemu, Root};
         let name = std::thread::current().name().unwrap_or(module_path!()).to_owned();
         if !$crate::need::met(&name, &[$($need),+]) {
             return;

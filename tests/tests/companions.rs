@@ -167,7 +167,7 @@ fn tables() -> String {
 
 #[test]
 fn a_guest_is_reached_through_a_jailed_passt_and_its_qemu_has_no_network_and_it_connects_nowhere() {
-    need!(Root, Qemu, Guest, Kernel(6, 5));
+    need!(Root, Qemu, Guest, Network, Passt, Kernel(6, 5));
     let (host, world) = host(PASST, Route::Default);
     let before = host.inventory();
     let session = host.session();
@@ -232,7 +232,7 @@ fn a_guest_is_reached_through_a_jailed_passt_and_its_qemu_has_no_network_and_it_
 
 #[test]
 fn a_guest_that_may_connect_outwards_reaches_the_world_and_neither_the_hosts_loopback_nor_the_clouds_metadata() {
-    need!(Root, Qemu, Guest, Kernel(6, 5));
+    need!(Root, Qemu, Guest, Network, Passt, Kernel(6, 5));
     let (host, world) = host(&format!("egress = true\n{PASST}"), Route::Default);
     let session = host.session();
     let tenancy = session.claim("web").tenancy;
@@ -256,7 +256,7 @@ fn a_guest_that_may_connect_outwards_reaches_the_world_and_neither_the_hosts_loo
 
 #[test]
 fn companions_end_with_their_qemu_before_that_is_told_so_that_the_next_one_finds_the_port_free() {
-    need!(Root, Qemu, Guest, Kernel(6, 5));
+    need!(Root, Qemu, Guest, Network, Passt, Kernel(6, 5));
     let (host, _world) = host(PASST, Route::Default);
     let before = host.inventory();
     let session = host.session();
@@ -296,7 +296,7 @@ fn companions_end_with_their_qemu_before_that_is_told_so_that_the_next_one_finds
 
 #[test]
 fn where_passt_can_not_be_used_qemu_carries_the_network_and_the_reason_is_told() {
-    need!(Root, Qemu, Guest, Kernel(6, 5));
+    need!(Root, Qemu, Guest, Network, Passt, Kernel(6, 5));
     let (host, _world) = host(PASST, Route::None);
     let session = host.session();
     let tenancy = session.claim("web").tenancy;

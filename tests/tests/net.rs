@@ -102,7 +102,7 @@ fn tables() -> Vec<String> {
 
 #[test]
 fn a_routed_guest_reaches_its_gateway_and_the_world_and_nothing_else() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, world) = host();
     let before = host.inventory();
     let session = host.session();
@@ -149,7 +149,7 @@ fn a_routed_guest_reaches_its_gateway_and_the_world_and_nothing_else() {
 
 #[test]
 fn a_guest_that_sends_under_another_address_is_not_heard() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, world) = host();
     let session = host.session();
     let (_, guest) = guest(&session, "p2p", 1, None);
@@ -193,7 +193,7 @@ fn a_guest_that_sends_under_another_address_is_not_heard() {
 
 #[test]
 fn guests_reach_each_other_the_host_and_the_metadata_exactly_where_it_is_granted() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, world) = host();
     let session = host.session();
     let (_, closed) = guest(&session, "p2p", 1, None);
@@ -229,7 +229,7 @@ fn guests_reach_each_other_the_host_and_the_metadata_exactly_where_it_is_granted
 
 #[test]
 fn a_bridged_guest_is_held_to_its_addresses_and_gives_none_to_others() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let lan = World::joined("port");
     ip("link set port master br0");
@@ -291,7 +291,7 @@ fn a_bridged_guest_is_held_to_its_addresses_and_gives_none_to_others() {
 
 #[test]
 fn an_ipv6_guest_has_its_address_and_the_one_its_mac_gives_and_no_other() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let lan = World::joined("port");
     ip("link set port master br0");
@@ -322,7 +322,7 @@ fn an_ipv6_guest_has_its_address_and_the_one_its_mac_gives_and_no_other() {
 
 #[test]
 fn a_published_port_leads_to_its_guest_from_outside_and_from_the_host_until_it_is_withdrawn() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, world) = host();
     let session = host.session();
     let (tenancy, guest) = guest(&session, "p2p", 1, None);
@@ -375,7 +375,7 @@ fn a_published_port_leads_to_its_guest_from_outside_and_from_the_host_until_it_i
 
 #[test]
 fn a_guest_whose_tap_is_gone_is_not_looked_for_elsewhere() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, world) = host();
     ip("route add default via 192.0.2.2");
     let session = host.session();
@@ -394,7 +394,7 @@ fn a_guest_whose_tap_is_gone_is_not_looked_for_elsewhere() {
 
 #[test]
 fn two_hundred_taps_come_and_go_and_leave_nothing() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     netns::enter();
     let mut builder = Host::builder().without_worker().grants(GRANTS);
     builder.vms_max = 256;
@@ -433,7 +433,7 @@ fn two_hundred_taps_come_and_go_and_leave_nothing() {
 
 #[test]
 fn somebody_elses_tables_are_byte_for_byte_as_they_were() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     // Of the names that ours have, too.
     let theirs = [
@@ -466,7 +466,7 @@ fn somebody_elses_tables_are_byte_for_byte_as_they_were() {
 
 #[test]
 fn an_interface_of_the_taps_name_that_is_somebody_elses_is_not_touched() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let session = host.session();
     let before = host.ledger();
@@ -491,7 +491,7 @@ fn an_interface_of_the_taps_name_that_is_somebody_elses_is_not_touched() {
 
 #[test]
 fn asked_again_a_tap_is_made_anew_and_the_old_descriptor_is_dead() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let session = host.session();
     let (tenancy, old) = guest(&session, "p2p", 1, None);
@@ -508,7 +508,7 @@ fn asked_again_a_tap_is_made_anew_and_the_old_descriptor_is_dead() {
 
 #[test]
 fn another_vms_tap_or_none_is_not_taken_for_the_vms_own() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let session = host.session();
     let (_other, others) = guest(&session, "p2p", 1, None);
@@ -545,7 +545,7 @@ fn another_vms_tap_or_none_is_not_taken_for_the_vms_own() {
 
 #[test]
 fn a_tap_with_several_queues_has_a_descriptor_for_each_and_room_for_no_stranger() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let session = host.session();
     let tenancy = session.claim("many").tenancy;
@@ -561,7 +561,7 @@ fn a_tap_with_several_queues_has_a_descriptor_for_each_and_room_for_no_stranger(
 
 #[test]
 fn without_forwarding_or_nft_no_tap_comes_up_and_the_sentence_says_what_to_do() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     netns::enter();
     let host = Host::builder().without_worker().grants(GRANTS).grants("[nft]\npath = \"/usr/sbin/there-is-no-nft\"\n").start();
     ip("link add br0 type bridge");
@@ -580,7 +580,7 @@ fn without_forwarding_or_nft_no_tap_comes_up_and_the_sentence_says_what_to_do() 
 
 #[test]
 fn what_nft_refuses_leaves_ledger_and_rules_as_they_were() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     netns::enter();
     // It is executed from a descriptor, so it is a program and no script: a copy of the real one, and in its place one that always fails.
     let place = tempfile::Builder::new().prefix("diarch-nft-").tempdir_in("/usr/local").unwrap();
@@ -616,7 +616,7 @@ fn what_nft_refuses_leaves_ledger_and_rules_as_they_were() {
 
 #[test]
 fn a_supervisor_killed_at_every_step_leaves_rules_that_its_successor_makes_equal_to_the_ledger() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let session = host.session();
     let (keeper, _keeper) = guest(&session, "p2p", 1, None);
@@ -664,7 +664,7 @@ fn a_supervisor_killed_at_every_step_leaves_rules_that_its_successor_makes_equal
 
 #[test]
 fn a_privileged_port_is_bound_for_the_worker_exactly_as_granted() {
-    need!(Root, Kernel(6, 5));
+    need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let session = host.session();
     let before = host.inventory();
