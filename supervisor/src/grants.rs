@@ -216,6 +216,20 @@ pub enum GrantsError {
 impl Grants {
     /// Reads and checks the file; `owner` is who must own it (0: root).
     pub fn load(path: &Path, owner: u32) -> Result<Self, GrantsError> {
+        let grants = Self::read(path, owner)?;
+        grants.check()?;
+        Ok(grants)
+    }
+
+    /// The same for who rehearses: he is the worker too, whoever it is on the host that the file was written for.
+    pub fn rehearsed(path: &Path, owner: u32) -> Result<Self, GrantsError> {
+        let mut grants = Self::read(path, owner)?;
+        grants.worker = Worker { user: User::Uid(owner), unit: None };
+        grants.check()?;
+        Ok(grants)
+    }
+
+    fn read(path: &Path, owner: u32) -> Result<Self, GrantsError> {
         let mut file = open_trusted(path, owner)?;
         let io = |error| GrantsError::Io { path: path.to_owned(), error };
         let mut text = String::new();
@@ -223,9 +237,7 @@ impl Grants {
         if read as u64 > MAX_BYTES {
             return Err(GrantsError::TooLarge { path: path.to_owned() });
         }
-        let grants: Grants = toml::from_str(&text).map_err(|error| GrantsError::Syntax { path: path.to_owned(), reason: in_one_line(&text, &error) })?;
-        grants.check()?;
-        Ok(grants)
+        toml::from_str(&text).map_err(|error| GrantsError::Syntax { path: path.to_owned(), reason: in_one_line(&text, &error) })
     }
 
     /// The limits that need more than one field.

@@ -77,7 +77,8 @@ pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> 
     };
     let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
     privilege::check_kernel(&kernel).map_err(StartError::Kernel)?;
-    let grants = Grants::load(&settings.grants, host.owner())?;
+    let load = if host.is_rehearsed() { Grants::rehearsed } else { Grants::load };
+    let grants = load(&settings.grants, host.owner())?;
     let (uid, gid) = grants.worker.user.resolve()?;
     listen::run_directory(&settings.run_dir)?;
     let socket = match inherited.socket {

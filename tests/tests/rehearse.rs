@@ -78,7 +78,7 @@ fn what_root_would_have_been_asked_is_told_and_nothing_of_it_is_done() {
 }
 
 #[test]
-fn grants_that_are_given_are_held_to_and_a_broken_file_is_named() {
+fn another_hosts_grants_are_held_to_and_a_broken_file_is_named() {
     need!(Kernel(6, 5), Qemu, Guest);
     let place = place();
     vm(place.path(), "large", r#""#);
@@ -86,7 +86,9 @@ fn grants_that_are_given_are_held_to_and_a_broken_file_is_named() {
     let user = if rustix::process::geteuid().is_root() { 61_000 } else { rustix::process::geteuid().as_raw() };
     let grants = place.path().join("vms/grants.toml");
     let qemu = "[qemu.default]\npath = \"/usr/bin/qemu-system-x86_64\"\n";
-    std::fs::write(&grants, format!("[worker]\nuser = {user}\n[vms]\nmax = 1\nuid_first = 2100000000\nmemory_mib = 32\ncpus_each = 1\n{qemu}")).unwrap();
+    // Its worker is a user of that host, in a unit of that host.
+    let worker = "user = \"diarch-worker-elsewhere\"\nunit = \"diarch-worker.service\"";
+    std::fs::write(&grants, format!("[worker]\n{worker}\n[vms]\nmax = 1\nuid_first = 2100000000\nmemory_mib = 32\ncpus_each = 1\n{qemu}")).unwrap();
     if rustix::process::geteuid().is_root() {
         std::os::unix::fs::chown(&grants, Some(user), Some(user)).unwrap();
     }
