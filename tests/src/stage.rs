@@ -45,6 +45,40 @@ pub enum Shape {
     Sriov,
 }
 
+impl Shape {
+    pub const ALL: [Shape; 6] = [Shape::SingleGpu, Shape::EightGpus, Shape::SharedGroup, Shape::BootNvme, Shape::ManagementNic, Shape::Sriov];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Shape::SingleGpu => "single-gpu",
+            Shape::EightGpus => "eight-gpus",
+            Shape::SharedGroup => "shared-group",
+            Shape::BootNvme => "boot-nvme",
+            Shape::ManagementNic => "management-nic",
+            Shape::Sriov => "sriov",
+        }
+    }
+
+    /// What is on it, for people.
+    pub const fn what(self) -> &'static str {
+        match self {
+            Shape::SingleGpu => "a GPU with its audio function: 0000:01:00.0 and .1, in one group",
+            Shape::EightGpus => "eight GPUs (0000:17:00.0 and on) and four NVSwitches (0000:07:00.0 and on), each in a group of its own",
+            Shape::SharedGroup => "a GPU (0000:65:00.0) and a network card (0000:66:00.0) in one group",
+            Shape::BootNvme => "a GPU (0000:72:00.0) in one group with the disk that the host runs from",
+            Shape::ManagementNic => "the host's own network card (0000:81:00.0), and one that is free (0000:82:00.0)",
+            Shape::Sriov => "a network card with two virtual functions (0000:91:10.0 and .2)",
+        }
+    }
+}
+
+impl std::str::FromStr for Shape {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        Shape::ALL.into_iter().find(|shape| shape.as_str() == text).ok_or_else(|| format!("there is no shape {text:?}"))
+    }
+}
+
 /// The GPUs of [`Shape::EightGpus`], and its switches.
 pub const EIGHT_GPUS: [&str; 8] =
     ["0000:17:00.0", "0000:2a:00.0", "0000:3d:00.0", "0000:5d:00.0", "0000:9a:00.0", "0000:ab:00.0", "0000:ba:00.0", "0000:db:00.0"];

@@ -99,6 +99,25 @@ fn another_hosts_grants_are_held_to_and_a_broken_file_is_named() {
 }
 
 #[test]
+fn a_host_with_devices_is_made_for_who_has_none_and_in_nobodys_way() {
+    let place = place();
+    let stage = |directory: &Path, shapes: &[&str]| Command::new(binary("diarch-stage")).arg(directory).args(shapes).output().unwrap();
+    let host = place.path().join("host");
+    let made = stage(&host, &["eight-gpus", "management-nic"]);
+    assert!(made.status.success(), "{}", text(&made));
+    assert!(host.join("sys/bus/pci/devices/0000:17:00.0/iommu_group").exists() && host.join(".diarch-stage").exists());
+    for (directory, shapes, reason) in [
+        (host.as_path(), &["sriov"][..], "there is something in it"),
+        (&place.path().join("other"), &["one-gpu"], "there is no shape \"one-gpu\""),
+        (&place.path().join("other"), &[], "usage: diarch-stage"),
+    ] {
+        let refused = stage(directory, shapes);
+        assert!(!refused.status.success() && text(&refused).contains(reason), "{}", text(&refused));
+    }
+    assert!(!place.path().join("other").exists());
+}
+
+#[test]
 fn root_does_not_rehearse() {
     need!(Root);
     let place = place();
