@@ -3,7 +3,8 @@
 //! ```text
 //!   diarch-chaos ---- unshare: mounts, network, processes, IPC ----> diarch-chaos --inside        (whatever leaks, leaks into this box and ends with it)
 //!                                                                      |
-//!     seed, round --plan--> steps --actor--> client, raw frames, SIGKILL ---> supervisor --> QEMUs (stubs)
+//!     seed, round --plan--> steps --actor--> client, raw frames, SIGKILL ---> supervisor --> QEMUs (stubs, and real ones), passt, virtiofsd
+//!                                     `-- faults of the kernel's --> stage (devices)
 //!                                                                      |
 //!     after each round:  all answered, one worker connected            v
 //!       kernel (its own tools) = kernel at the start + ledger (JSON)   and   ledger = host.inventory   and   what was promised is so
@@ -18,11 +19,13 @@
 //! | `ledger`    | the ledger's account                                                                   |
 //! | `compare`   | the accounts side by side                                                              |
 //! | `network`   | what of taps, routes and rules the ledger explains                                     |
-//! | `devices`   | what of devices the ledger explains                                                    |
+//! | `companions`| what of programs beside a QEMU the ledger explains                                     |
+//! | `devices`   | what of devices the ledger explains, and what the kernel did wrong with them           |
 //! | `enclosure` | namespaces of the run's own                                                            |
 //! | `plant`     | something left behind on purpose: the run must find it                                 |
 
 pub mod actor;
+pub mod companions;
 pub mod compare;
 pub mod devices;
 pub mod enclosure;
@@ -36,6 +39,8 @@ use crate::host::{Activation, Host};
 use crate::stage::{self, Shape, Stage};
 use crate::stand_in::Unit;
 use actor::{Actor, until_settled};
+use compare::Deeds;
+use enclosure::Troupe;
 use kernel::{Facts, View, look};
 use ledger::Ledger;
 use plant::Plant;
@@ -49,8 +54,8 @@ const SETTLED: Duration = Duration::from_secs(8);
 const PLANTED: Duration = Duration::from_secs(1);
 /// All is released after so many rounds.
 const CLEARED: u64 = 10;
-/// Grants so wide that no limit is met but that of slots.
-const LIMITS: &str = "[limits]\nread_per_second = 100000\nread_burst = 100000\nensure_per_second = 100000\nensure_burst = 100000\n\
+/// Grants so wide that no limit is met but that of slots. (The first line goes on with the section before.)
+const LIMITS: &str = "egress = true\n[limits]\nread_per_second = 100000\nread_burst = 100000\nensure_per_second = 100000\nensure_burst = 100000\n\
                       once_per_second = 100000\nonce_burst = 100000\n";
 
 #[derive(Debug, Clone)]
@@ -68,7 +73,8 @@ pub struct Settings {
 pub struct Summary {
     pub rounds: u64,
     pub steps: u64,
-    pub kills: u64,
+    /// How many of whom.
+    pub kills: BTreeMap<&'static str, u64>,
     /// The supervisor's starts.
     pub starts: u64,
     /// How often a restart was needed for the packet filter.
@@ -96,13 +102,16 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
     for (name, of) in [("net", "/dev/net"), ("null", "/dev/null")] {
         let _ = std::os::unix::fs::symlink(of, stage.root().join("dev").join(name));
     }
-    let mut builder = Host::builder().on_stage(&stage).without_worker().grants(LIMITS).grants(&enclosure::grants());
+    let troupe = Troupe::of_this_machine();
+    println!("with {troupe}");
+    let mut builder = Host::builder().on_stage(&stage).without_worker().grants(LIMITS).grants(&enclosure::grants(troupe));
     builder.vms_max = plan::SLOTS;
     builder.uid_first = Some(settings.users);
     builder.activation = Activation::Socket;
     let host = builder.start();
+    std::fs::write(host.path(actor::HALTING), halting_kernel()).unwrap_or_else(|error| panic!("a kernel for QEMU: {error}"));
     let mut chaos = Chaos {
-        actor: Actor::new(&host),
+        actor: Actor::new(&host, &stage, troupe),
         host: &host,
         stage: stage.root().to_owned(),
         start: Facts::default(),
@@ -124,7 +133,7 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
         {
             // It may be a worker for a moment.
             chaos.actor.step(&plan::Step::Succeed(plan::Succession::Death));
-            plant.put(&host, settings.users).unwrap_or_else(|error| panic!("{plant:?} can't be planted: {error}"));
+            plant.put(&host, &stage, settings.users).unwrap_or_else(|error| panic!("{plant:?} can't be planted: {error}"));
         }
         let told = |plan: &[plan::Step]| plan.iter().map(ToString::to_string).collect::<Vec<_>>();
         chaos.settle(false).map_err(|wrong| chaos.found(round, told(&plan), wrong))?;
@@ -137,7 +146,7 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
         }
     }
     chaos.last_words().map_err(|wrong| chaos.found(settings.from + settings.rounds, Vec::new(), wrong))?;
-    let (answers, kills, mended) = (std::mem::take(&mut chaos.actor.answers), chaos.actor.kills, chaos.actor.mended);
+    let (answers, kills, mended) = (std::mem::take(&mut chaos.actor.answers), std::mem::take(&mut chaos.actor.kills), chaos.actor.mended);
     Ok(Summary { rounds: settings.rounds, steps, kills, starts: host.manager().unit(Unit::Supervisor).starts, mended, took: started.elapsed(), answers })
 }
 
@@ -155,14 +164,13 @@ impl Chaos<'_> {
     /// One VM's whole life, so that what is made once is there; and then the account that every later one is compared with.
     fn warm_up(&mut self) -> Result<(), Vec<String>> {
         use plan::{Ask, Claim, Step, Then};
-        for ask in [Ask::Claim, Ask::Spawn { words: 0 }, Ask::Release] {
+        for ask in [Ask::Claim, Ask::Spawn { words: 0, cast: plan::ALONE }, Ask::Release] {
             self.actor.step(&Step::Ask { name: 0, ask, claim: Claim::Own, then: Then::Wait });
         }
         let wrong = self.actor.settle();
         if !wrong.is_empty() {
             return Err(wrong);
         }
-        self.actor.killed_child = false;
         let told = self.actor.told().map_err(|e| vec![e])?;
         self.actor.learn(&told.vms);
         // Its helper threads and their likes go by and by.
@@ -208,7 +216,7 @@ impl Chaos<'_> {
         let wrong = until_settled(patience, || {
             let wrong = self.compare(clear).unwrap_or_else(|wrong| vec![wrong]);
             // An nft that was killed leaves rules for a tap that is not there, until the next change. The next start is one, and must make them right.
-            let excused = self.actor.killed_child && !restarted;
+            let excused = self.actor.killed_nft && !restarted;
             if excused && started.elapsed() > patience / 4 && !wrong.is_empty() && wrong.iter().all(|sentence| network::is_of_the_filter(sentence)) {
                 restarted = true;
                 self.actor.mended += 1;
@@ -219,6 +227,10 @@ impl Chaos<'_> {
         if !wrong.is_empty() {
             return Err(wrong);
         }
+        self.actor.killed_nft = false;
+        if clear {
+            self.actor.troubled.clear();
+        }
         let told = self.actor.told().map_err(|e| vec![e])?;
         self.actor.learn(&told.vms);
         Ok(())
@@ -228,7 +240,8 @@ impl Chaos<'_> {
         let told = self.actor.told()?;
         let ledger = Ledger::read(&self.host.inside("run"));
         let now = self.look()?;
-        let mut wrong = compare::differences(&self.start, &now, &ledger, &self.actor.held_taps(), &told);
+        let deeds = Deeds { held: self.actor.held_taps(), killed: self.actor.killed.clone(), troubled: self.actor.troubled.clone() };
+        let mut wrong = compare::differences(&self.start, &now, &ledger, &deeds, &told);
         wrong.extend(self.actor.broken_promises(&told.vms));
         if let Some(trouble) = told.audit.trouble.filter(|_| told.audit.lost > 0) {
             wrong.push(format!("the audit: {trouble}"));
@@ -264,6 +277,23 @@ impl Chaos<'_> {
         let lines: Vec<&str> = log.lines().collect();
         Box::new(Found { round, steps, heard: self.actor.heard.clone(), wrong, log: lines[lines.len().saturating_sub(40)..].join("\n") })
     }
+}
+
+/// The smallest file that QEMU takes for a Linux kernel (Documentation/arch/x86/boot.rst): no sector of set-up but the first, whose code halts the processor.
+fn halting_kernel() -> Vec<u8> {
+    let mut file = vec![0u8; 4096];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    // Sectors of set-up behind the boot sector; the sector's signature.
+    put(0x1f1, &[1]);
+    put(0x1fe, &[0x55, 0xaa]);
+    // Entered here: over the header; then `cli; hlt`, and again when an interrupt that can't be masked wakes it.
+    put(0x200, &[0xeb, 0x3e]);
+    put(0x202, b"HdrS");
+    // Version 2.2 of the protocol, loaded high.
+    put(0x206, &[0x02, 0x02]);
+    put(0x211, &[0x01]);
+    put(0x240, &[0xfa, 0xf4, 0xeb, 0xfc]);
+    file
 }
 
 fn own_descriptors() -> usize {

@@ -723,6 +723,10 @@ impl Asked {
     pub fn answer(self) -> Option<Answered> {
         self.runtime.block_on(self.task).ok()
     }
+
+    pub fn is_answered(&self) -> bool {
+        self.task.is_finished()
+    }
 }
 
 struct AskManager {

@@ -26,6 +26,8 @@ use std::time::Duration;
 
 /// Between a bind and its node: the supervisor must wait for it.
 const NODE_DELAY: Duration = Duration::from_millis(20);
+/// For those who wait at a pipe that is being taken away.
+const PIPE_DELAY: Duration = Duration::from_millis(100);
 const VFIO: &str = "vfio-pci";
 
 /// What may stand on a stage; several can be combined.
@@ -420,8 +422,9 @@ impl Stage {
     /// Whoever asks the driver to let go of anything waits until [`Stage::let_go`].
     pub fn hang_unbind(&self, driver: &str) {
         let path = self.sys().join(format!("bus/pci/drivers/{driver}/unbind"));
-        fs::remove_file(&path).expect("rm");
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o644)).expect("mkfifo");
+        let new = path.with_extension("new");
+        nix::unistd::mkfifo(&new, nix::sys::stat::Mode::from_bits_truncate(0o644)).expect("mkfifo");
+        fs::rename(&new, &path).expect("rename");
     }
 
     /// Ends [`Stage::hang_unbind`]: what was asked for is done.
@@ -433,6 +436,27 @@ impl Stage {
         put(&new, "");
         fs::rename(&new, &path).expect("rename");
         self.kernel.unbind(driver, asked.trim());
+    }
+
+    /// Ends [`Stage::hang_unbind`] whether anybody waits or not: what was asked for by then is done.
+    pub fn let_all_go(&self, driver: &str) {
+        let path = self.sys().join(format!("bus/pci/drivers/{driver}/unbind"));
+        // Nobody's end of a pipe: it is opened at once, and wakes up whoever waits at the other.
+        let nobody = fs::File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&path);
+        let new = path.with_extension("new");
+        put(&new, "");
+        fs::rename(&new, &path).expect("rename");
+        let Ok(mut pipe) = nobody else { return };
+        let (mut asked, mut buffer) = (Vec::new(), [0; 256]);
+        let until = std::time::Instant::now() + PIPE_DELAY;
+        while std::time::Instant::now() < until {
+            match pipe.read(&mut buffer) {
+                Ok(length @ 1..) => asked.extend_from_slice(&buffer[..length]),
+                _ => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+        // Each wrote a name of this length, and nothing between them.
+        asked.chunks("0000:00:00.0".len()).for_each(|name| self.kernel.unbind(driver, String::from_utf8_lossy(name).trim()));
     }
 
     /// The driver does not take this function any more.

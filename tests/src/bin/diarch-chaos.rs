@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 const USAGE: &str = "usage: diarch-chaos [--rounds N] [--seed N] [--from ROUND] [--plant THING]
 
-Random operations and random deaths around a real supervisor with stub QEMUs, in namespaces of its own; after each of N rounds (2000) the kernel must have
-what the ledger says. Needs root, ip and nft. The seed decides what is done; without --seed it is random, and printed. With --plant something is left
+Random operations, random deaths and a kernel that does wrong, around a real supervisor with stub QEMUs (and real ones, and passt and virtiofsd, where they are
+installed), in namespaces of its own; after each of N rounds (2000) the kernel must have what the ledger says. Needs root, ip and nft. The seed decides what is done; without --seed it is random, and printed. With --plant something is left
 behind half way on purpose, and must be found. Exit code 0: clean; 1: something was found.";
 
 /// Differences that are printed: one lost table is a hundred.
@@ -71,14 +71,19 @@ fn main() -> ExitCode {
             for (answer, count) in &summary.answers {
                 println!("  {count:6} {answer}");
             }
+            println!("killed:");
+            for (whom, count) in &summary.kills {
+                println!("  {count:6} {whom}");
+            }
             println!(
-                "clean: {} rounds, {} steps, {} kills, {} starts of the supervisor ({} for the packet filter's sake), {took:.1} s, {:.1} rounds a second, seed {}",
+                "clean: {} rounds, {} steps, {} kills, {} starts of the supervisor ({} for the packet filter's sake), {took:.1} s, {:.0} rounds a minute, seed {}",
                 summary.rounds,
                 summary.steps,
-                summary.kills,
+                // What the kernel did wrong is no death.
+                summary.kills.iter().filter(|(whom, _)| !whom.starts_with('(')).map(|(_, count)| count).sum::<u64>(),
                 summary.starts,
                 summary.mended,
-                summary.rounds as f64 / took,
+                summary.rounds as f64 * 60.0 / took,
                 settings.seed
             );
             ExitCode::SUCCESS

@@ -1,17 +1,22 @@
 //! Does what a plan says, in the worker's place, and remembers what must be so afterwards.
 
-use super::kernel::processes;
-use super::plan::{Ask, Claim, LASTING, Step, Succession, Then, Victim, WORDS, label};
-use crate::host::{Asked, Host, Session, WORKER};
+use super::enclosure::Troupe;
+use super::kernel::{self, Process, processes};
+use super::ledger::Ledger;
+use super::plan::{Ask, Cast, Claim, FUNCTIONS, Fault, LASTING, Shares, Step, Succession, Then, Victim, WORDS, label};
+use crate::host::{Asked, Host, Qemu, Session, WORKER};
+use crate::stage::Stage;
 use crate::stand_in::{self, Unit};
 use crate::stepper::{self, kill_at_syscall};
 use crate::wire::{Hostile, Raw, Received};
 use diarch_ipc::Error;
 use diarch_ipc::client::State;
 use diarch_ipc::frame::{Outcome, ServerFrame};
-use diarch_ipc::name::{BadName, Bdf, Forward, IpText, Label, Mac, NetworkName, NicIndex, Port, Protocol, Queues, RequestId, ShareName, SocketName, Tenancy};
+use diarch_ipc::name::{
+    BadName, Bdf, Forward, IpText, Label, Mac, MiB, NetworkName, NicIndex, Port, Protocol, QemuName, Queues, RequestId, ShareName, SocketName, Tag, Tenancy,
+};
 use diarch_ipc::operation::{self, HostInventory, Reply, Request, SlotState, VmRecord};
-use diarch_ipc::spec::{Backend, Nic};
+use diarch_ipc::spec::{Backend, Nic, Share, VmSpec};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -21,6 +26,16 @@ const RESTARTS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(3),
 
 /// For a supervisor that was killed, to serve again.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is hunted is made by then.
+const HUNT: Duration = Duration::from_millis(400);
+/// A kernel that halts at its first instruction, in the host's directory.
+pub const HALTING: &str = "files/halting";
+/// Vendor and device of the functions, as the stage has them.
+const IDS: [(u16, u16); 3] = [(0x10de, 0x2330), (0x10de, 0x2330), (0x10de, 0x22bb)];
+/// The first host port of user-mode cards, and how many a name has.
+const FORWARDED: u64 = 3000;
+const FORWARDED_EACH: u64 = 10;
 
 /// A question that nobody has waited for yet.
 struct UnderWay {
@@ -64,6 +79,16 @@ pub struct Actor<'a> {
     taps: BTreeMap<(Tenancy, u16), (Mac, Queues, Vec<OwnedFd>)>,
     /// Devices that are bound for a VM, as far as we were told.
     devices: BTreeMap<Tenancy, BTreeSet<Bdf>>,
+    /// Mounts that a VM has, as far as we were told.
+    mounts: BTreeMap<Tenancy, BTreeSet<ShareName>>,
+    stage: &'a Stage,
+    troupe: Troupe,
+    /// What the kernel does wrong now.
+    faults: Vec<Fault>,
+    /// Groups to which that was done since all was released: a quarantine of theirs is explained.
+    pub troubled: BTreeSet<u64>,
+    /// Processes that were killed: (number, start time).
+    pub killed: BTreeSet<(i64, u64)>,
     hostile: Vec<Hostile>,
     /// What answers said that no supervisor should say.
     wrong: Vec<String>,
@@ -71,17 +96,24 @@ pub struct Actor<'a> {
     pub heard: Vec<String>,
     /// How often each operation was answered how.
     pub answers: BTreeMap<String, u64>,
-    pub kills: u64,
-    /// A helper's child was killed in this round: an nft, it may be.
-    pub killed_child: bool,
+    /// How many of whom were killed.
+    pub kills: BTreeMap<&'static str, u64>,
+    /// An nft was killed in this round.
+    pub killed_nft: bool,
     /// How often only the supervisor's next start made the packet filter right.
     pub mended: u64,
 }
 
 impl<'a> Actor<'a> {
-    pub fn new(host: &'a Host) -> Self {
+    pub fn new(host: &'a Host, stage: &'a Stage, troupe: Troupe) -> Self {
         Self {
             host,
+            stage,
+            troupe,
+            faults: Vec::new(),
+            troubled: BTreeSet::new(),
+            killed: BTreeSet::new(),
+            mounts: BTreeMap::new(),
             session: None,
             rival: None,
             names: BTreeMap::new(),
@@ -93,8 +125,8 @@ impl<'a> Actor<'a> {
             wrong: Vec::new(),
             heard: Vec::new(),
             answers: BTreeMap::new(),
-            kills: 0,
-            killed_child: false,
+            kills: BTreeMap::new(),
+            killed_nft: false,
             mended: 0,
         }
     }
@@ -108,8 +140,10 @@ impl<'a> Actor<'a> {
         match *step {
             Step::Ask { name, ask, claim, then } => self.ask(name, ask, claim, then),
             Step::Cut { name, ask, at } => self.cut(name, ask, at),
+            Step::Hunt { name, ask, nth, micros } => self.hunt(name, ask, nth, Duration::from_micros(micros)),
             Step::Twice { name, killed } => self.twice(name, killed),
             Step::Kill(victim) => self.kill(victim),
+            Step::Fault(fault) => self.fault(fault),
             Step::Succeed(how) => self.succeed(how),
             Step::Frame { which } => {
                 if let Ok(raw) = Raw::connect_as(&self.host.socket(), WORKER) {
@@ -139,11 +173,65 @@ impl<'a> Actor<'a> {
             self.ask(name, ask, Claim::Own, Then::Wait);
         });
         match outcome {
-            Ok((stepper::Outcome::Killed { .. }, ())) => self.kills += 1,
+            Ok((stepper::Outcome::Killed { .. }, ())) => self.count("supervisor, at a system call"),
             Ok(_) => {}
             // Dying since a moment before, it can't be traced; what was to be asked then is asked nevertheless.
             Err(_) if !answered => self.ask(name, ask, Claim::Own, Then::Wait),
             Err(_) => {}
+        }
+    }
+
+    /// Kills the so many-th process that the supervisor makes for this, whatever it is.
+    fn hunt(&mut self, name: usize, ask: Ask, nth: usize, after: Duration) {
+        let own: BTreeSet<i32> = processes().into_iter().map(|process| process.pid).collect();
+        // What dies may be what was asked for.
+        let under_way = self.begin(name, ask, Claim::Own);
+        self.touch_what_is_under_way();
+        if let Some(tenancy) = under_way.request.tenancy() {
+            self.touch(tenancy);
+        }
+        let (until, mut seen) = (Instant::now() + HUNT, Vec::new());
+        while seen.len() <= nth && Instant::now() < until && !under_way.asked.is_answered() {
+            for process in processes() {
+                if !own.contains(&process.pid) && !seen.contains(&process.pid) {
+                    seen.push(process.pid);
+                }
+            }
+        }
+        // One that is younger is another supervisor, which the manager made: that would be no child.
+        if let Some(prey) = seen.get(nth).and_then(|pid| kernel::process(*pid)).filter(|prey| !self.own().contains(&prey.pid)) {
+            std::thread::sleep(after);
+            self.end(&prey);
+        }
+        self.finish(under_way);
+    }
+
+    /// What a VM has beside its QEMU, and which QEMU it is.
+    fn cast(&mut self, name: usize, tenancy: Tenancy, cast: Cast, spec: &mut VmSpec, fds: &mut [OwnedFd]) {
+        for card in 0..cast.cards {
+            let number = spec.nics.len() as u64;
+            let forward = Forward {
+                protocol: Protocol::Tcp,
+                host_address: IpText([127, 0, 0, 1].into()),
+                host_port: of(Port::new(FORWARDED + name as u64 * FORWARDED_EACH + card)),
+                guest_port: of(Port::new(80)),
+            };
+            let mac = of(Mac::new(format!("52:54:00:01:{name:02x}:{number:02x}")));
+            spec.nics.push(Nic { mac, backend: Backend::User { egress: cast.egress, forwards: vec![forward] } });
+        }
+        let real = cast.qemu == Qemu::Real && self.troupe.qemu;
+        // A QEMU waits for what a virtiofsd says, and the stub says nothing.
+        if cast.shares == Shares::Attached && (!real || self.troupe.virtiofsd) {
+            let shares = self.mounts.get(&tenancy).into_iter().flatten();
+            spec.shares.extend(shares.map(|share| Share { share: share.clone(), tag: of(Tag::new(share.as_str())) }));
+        }
+        if real {
+            spec.qemu = of(QemuName::new("real"));
+            spec.memory = of(MiB::new(64));
+            // There is no such device but on the stage.
+            spec.devices.clear();
+            // Behind the two logs.
+            fds[2] = std::fs::File::open(self.host.path(HALTING)).expect("it was written at the start").into();
         }
     }
 
@@ -161,7 +249,7 @@ impl<'a> Actor<'a> {
         let request = match ask {
             Ask::Inventory => Request::HostInventory(operation::Inventory { after: None }),
             Ask::Claim => Request::VmClaim(operation::Claim { label: Label::new(label(name)).expect("a label") }),
-            Ask::Spawn { words } => {
+            Ask::Spawn { words, cast } => {
                 let (mut spec, files) = self.host.spec(WORDS[words]);
                 fds = files;
                 // The queues go to the VM with it, and are ours no more.
@@ -170,6 +258,7 @@ impl<'a> Actor<'a> {
                     fds.extend(tap);
                 }
                 spec.devices.extend(self.devices.get(&tenancy).into_iter().flatten().cloned());
+                self.cast(name, tenancy, cast, &mut spec, &mut fds);
                 Request::VmSpawn(operation::Spawn { tenancy, spec })
             }
             Ask::Attach => Request::VmAttach(operation::Attach { tenancy }),
@@ -213,6 +302,9 @@ impl<'a> Actor<'a> {
         if let Request::VfioRelease(unbind) = &request {
             self.devices.remove(&unbind.tenancy);
         }
+        if let Request::MountDetach(detach) = &request {
+            self.mounts.entry(detach.tenancy).or_default().remove(&detach.share);
+        }
         if let Request::TapOpen(open) = &request {
             // The one before it goes, whatever becomes of this.
             let card = (open.tenancy, open.nic.get());
@@ -223,7 +315,7 @@ impl<'a> Actor<'a> {
                 self.expected.astray.insert(card);
             }
         }
-        let lasting = matches!(ask, Ask::Spawn { words } if words < LASTING);
+        let lasting = matches!(ask, Ask::Spawn { words, .. } if words < LASTING);
         let asked = self.session().begin(request.clone(), fds);
         UnderWay { name, request, lasting, asked }
     }
@@ -249,6 +341,8 @@ impl<'a> Actor<'a> {
         match answered {
             Ok((reply, fds)) => self.believe(name, &request, &reply, fds, lasting),
             Err(Error::Superseded) => self.forget(&request),
+            // That a device hangs is said so.
+            Err(Error::Timeout { .. }) if self.faults.iter().any(|fault| matches!(fault, Fault::Hang { .. })) => {}
             Err(error @ (Error::Timeout { .. } | Error::Exhausted { retry_after_ms: Some(_), .. })) => {
                 self.wrong.push(format!("{operation} of {}: {error}", label(name)))
             }
@@ -280,6 +374,9 @@ impl<'a> Actor<'a> {
             }
             (Request::VfioBind(ask), Reply::VfioBind(_)) => {
                 self.devices.entry(ask.tenancy).or_default().insert(ask.function.clone());
+            }
+            (Request::MountAttach(ask), Reply::MountAttach(_)) => {
+                self.mounts.entry(ask.tenancy).or_default().insert(ask.share.clone());
             }
             // Held, so that the tap is there: until a VM gets it, or its slot is released.
             (Request::TapOpen(ask), Reply::TapOpen(_)) if !self.expected.astray.contains(&(ask.tenancy, ask.nic.get())) => {
@@ -364,36 +461,94 @@ impl<'a> Actor<'a> {
     }
 
     fn kill(&mut self, victim: Victim) {
-        self.kills += 1;
         let manager = self.host.manager();
         match victim {
-            Victim::Supervisor => drop(manager.ask(&stand_in::Ask::Kill(Unit::Supervisor, nix::libc::SIGKILL))),
+            Victim::Supervisor => {
+                self.count("supervisor");
+                drop(manager.ask(&stand_in::Ask::Kill(Unit::Supervisor, nix::libc::SIGKILL)));
+            }
             // SIGTERM, and the manager starts it anew as it does after any end.
-            Victim::SupervisorInOrder => drop(manager.ask(&stand_in::Ask::Kill(Unit::Supervisor, nix::libc::SIGTERM))),
+            Victim::SupervisorInOrder => {
+                self.count("supervisor, in order");
+                drop(manager.ask(&stand_in::Ask::Kill(Unit::Supervisor, nix::libc::SIGTERM)));
+            }
             Victim::Qemu { name } => {
                 let Some(tenancy) = self.names.get(&name).and_then(|known| known.tenancy) else { return };
                 let Some(pid) = self.expected.alive.get(&tenancy).copied() else { return };
                 self.touch(tenancy);
-                kill(pid.cast_signed());
+                if let Some(process) = kernel::process(pid.cast_signed()) {
+                    self.end(&process);
+                }
+            }
+            Victim::Companion { name, which } => {
+                let Some(tenancy) = self.names.get(&name).and_then(|known| known.tenancy) else { return };
+                let ledger = Ledger::read(&self.host.inside("run"));
+                let Some(record) = ledger.slots.get(&tenancy.slot.get().into()) else { return };
+                let beside = Ledger::companions(record);
+                let Some(one) = beside.get(which % beside.len().max(1)) else { return };
+                let process = i32::try_from(one.pid).ok().and_then(kernel::process);
+                if let Some(process) = process.filter(|process| process.start_time == one.start_time) {
+                    self.end(&process);
+                }
             }
             Victim::Child { which } => {
                 let own = self.own();
                 let alive: Vec<i32> = self.expected.alive.values().map(|pid| pid.cast_signed()).collect();
-                let children: Vec<i32> = processes()
-                    .into_iter()
-                    .filter(|process| process.state != 'Z' && !own.contains(&process.pid) && !alive.contains(&process.pid))
-                    .map(|p| p.pid)
-                    .collect();
+                let children: Vec<Process> =
+                    processes().into_iter().filter(|process| process.state != 'Z' && !own.contains(&process.pid) && !alive.contains(&process.pid)).collect();
                 if !children.is_empty() {
                     // Whose it is, nobody can tell: nothing that is being started now must live.
-                    for under_way in &self.under_way {
-                        if let Some(tenancy) = under_way.request.tenancy() {
-                            self.expected.touched.insert(tenancy);
-                        }
-                    }
-                    self.killed_child = true;
-                    kill(children[which % children.len()]);
+                    self.touch_what_is_under_way();
+                    self.end(&children[which % children.len()]);
                 }
+            }
+        }
+    }
+
+    fn touch_what_is_under_way(&mut self) {
+        let tenancies: Vec<Tenancy> = self.under_way.iter().filter_map(|under_way| under_way.request.tenancy()).collect();
+        self.expected.touched.extend(tenancies);
+    }
+
+    fn end(&mut self, process: &Process) {
+        let what = kernel::role(process);
+        self.count(what);
+        self.killed_nft |= what == kernel::NFT;
+        self.killed.insert((process.pid.into(), process.start_time));
+        kill(process.pid);
+    }
+
+    fn count(&mut self, what: &'static str) {
+        *self.kills.entry(what).or_insert(0) += 1;
+    }
+
+    // ---- a bad kernel ----
+
+    fn fault(&mut self, fault: Fault) {
+        if self.faults.contains(&fault) {
+            return;
+        }
+        match fault {
+            Fault::Hang { driver } => self.stage.hang_unbind(driver),
+            Fault::Refusal { driver, which } => self.stage.refuse(driver, FUNCTIONS[which]),
+            Fault::Death { which } => self.stage.die(FUNCTIONS[which]),
+        }
+        self.count(match fault {
+            Fault::Hang { .. } => "(driver that hangs)",
+            Fault::Refusal { .. } => "(driver that refuses)",
+            Fault::Death { .. } => "(device that dies)",
+        });
+        self.troubled.extend(fault.groups());
+        self.faults.push(fault);
+    }
+
+    /// The kernel does everything right again, and what hung goes on.
+    fn mend(&mut self) {
+        for fault in std::mem::take(&mut self.faults) {
+            match fault {
+                Fault::Hang { driver } => self.stage.let_all_go(driver),
+                Fault::Refusal { driver, which } => self.stage.accept(driver, FUNCTIONS[which]),
+                Fault::Death { which } => self.stage.revive(FUNCTIONS[which], IDS[which]),
             }
         }
     }
@@ -420,6 +575,7 @@ impl<'a> Actor<'a> {
         for under_way in std::mem::take(&mut self.under_way) {
             self.finish(under_way);
         }
+        self.mend();
         // Of two workers the one that connects last wins, also when the supervisor dies and both come again: the one that lost begins anew.
         let rivalry = self.rival.take().is_some();
         if self.told().is_err() {
@@ -491,6 +647,7 @@ impl<'a> Actor<'a> {
         }
         self.taps.retain(|(tenancy, _), _| expected.held.contains(tenancy));
         self.devices.retain(|tenancy, _| expected.held.contains(tenancy));
+        self.mounts.retain(|tenancy, _| expected.held.contains(tenancy));
         self.expected = expected;
     }
 
@@ -502,7 +659,28 @@ impl<'a> Actor<'a> {
             self.session().ask(ask, Vec::new()).map_err(|error| format!("the release of {}: {error}", vm.label))?;
         }
         self.taps.clear();
-        Ok(())
+        self.free_the_quarantined()
+    }
+
+    /// A device that outlived its VM in quarantine is nobody's: any VM may have it given back.
+    fn free_the_quarantined(&mut self) -> Result<(), String> {
+        let left = self.told()?.devices;
+        let functions: Vec<Bdf> =
+            left.into_iter().filter(|device| device.slot.is_none()).filter_map(|device| Some(device.functions.first()?.function.clone())).collect();
+        if functions.is_empty() {
+            return Ok(());
+        }
+        let claim = Request::VmClaim(operation::Claim { label: of(Label::new("chaos-again")) });
+        let tenancy = match self.session().ask(claim, Vec::new()) {
+            Ok((Reply::VmClaim(claimed), _)) => claimed.tenancy,
+            other => return Err(format!("a slot in which to give devices back: {other:?}")),
+        };
+        for function in functions {
+            let ask = Request::VfioRelease(operation::Unbind { tenancy, function: function.clone() });
+            self.session().ask(ask, Vec::new()).map_err(|error| format!("the second release of {function}: {error}"))?;
+        }
+        let release = Request::VmRelease(operation::Release { tenancy });
+        self.session().ask(release, Vec::new()).map(drop).map_err(|error| format!("the release of chaos-again: {error}"))
     }
 }
 

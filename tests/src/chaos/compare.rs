@@ -9,9 +9,10 @@
 
 use super::kernel::{Facts, Noun, Process, described};
 use super::ledger::Ledger;
-use super::{devices, network};
+use super::{companions, devices, network};
 use diarch_ipc::operation::{HostInventory, VmRecord};
 use serde_json::Value;
+use std::collections::BTreeSet;
 
 /// What the ledger accounts for.
 #[derive(Debug, Default)]
@@ -22,11 +23,23 @@ pub struct Explained {
     pub excused: Facts,
 }
 
+/// What the run itself did, and what that excuses.
+#[derive(Debug, Default)]
+pub struct Deeds {
+    /// Taps whose queues it has: (slot, card).
+    pub held: Vec<(u64, u64)>,
+    /// Processes that it killed: (number, start time).
+    pub killed: BTreeSet<(i64, u64)>,
+    /// Groups of devices with which its kernel did something wrong.
+    pub troubled: BTreeSet<u64>,
+}
+
 impl Explained {
-    pub fn by(ledger: &Ledger) -> Self {
+    pub fn by(ledger: &Ledger, deeds: &Deeds) -> Self {
         let mut all = Self::default();
         for (slot, record) in &ledger.slots {
             all.slot(*slot, record);
+            companions::explain(record, &deeds.killed, &mut all);
         }
         all
     }
@@ -50,8 +63,9 @@ impl Explained {
             must.add(Noun::Kept, "/");
         }
         if let Some((pid, start_time)) = Ledger::process(record) {
-            must.add(Noun::Process, Process::fact(pid, start_time, record["uid"].as_u64().and_then(|uid| u32::try_from(uid).ok()).unwrap_or(u32::MAX)));
-            must.add(Noun::Descriptor, "anon_inode:[pidfd]");
+            must.add(Noun::Process, Process::fact(pid, start_time, Ledger::uid(record)));
+            must.add(Noun::Descriptor, companions::PIDFD);
+            may.add(Noun::Descriptor, companions::PIDFD);
             must.add(Noun::Socket, format!("run/{at}/qmp.sock"));
             must.add(Noun::Socket, format!("run/{at}/console.sock"));
         }
@@ -59,10 +73,10 @@ impl Explained {
 }
 
 /// What is wrong, in sentences; none: all agree.
-pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, held: &[(u64, u64)], told: &HostInventory) -> Vec<String> {
-    let mut explained = Explained::by(ledger);
-    let mut wrong = network::differences(start, now, ledger, held, &mut explained);
-    wrong.extend(devices::differences(start, now, ledger, &told.devices, &mut explained));
+pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, deeds: &Deeds, told: &HostInventory) -> Vec<String> {
+    let mut explained = Explained::by(ledger, deeds);
+    let mut wrong = network::differences(start, now, ledger, &deeds.held, &mut explained);
+    wrong.extend(devices::differences(start, now, ledger, &deeds.troubled, &told.devices, &mut explained));
     wrong.extend(kernel(start, now, &explained));
     wrong.extend(inventory(ledger, &told.vms));
     wrong
@@ -146,8 +160,8 @@ mod tests {
     fn what_is_explained_is_neither_left_nor_lost() {
         let start = facts(&[(Noun::Descriptor, "anon_inode:[pidfd]"), (Noun::File, "vm")]);
         let mut now = start.clone();
-        Explained::by(&running()).must.0.into_iter().for_each(|(key, count)| *now.0.entry(key).or_insert(0) += count);
-        assert_eq!(kernel(&start, &now, &Explained::by(&running())), Vec::<String>::new());
+        Explained::by(&running(), &Deeds::default()).must.0.into_iter().for_each(|(key, count)| *now.0.entry(key).or_insert(0) += count);
+        assert_eq!(kernel(&start, &now, &Explained::by(&running(), &Deeds::default())), Vec::<String>::new());
     }
 
     #[test]
@@ -159,7 +173,7 @@ mod tests {
         assert!(wrong.iter().all(|sentence| sentence.starts_with("left behind")));
         let wrong = kernel(&now, &start, &Explained::default());
         assert!(wrong.iter().all(|sentence| sentence.starts_with("lost")) && wrong.len() == 2, "{wrong:?}");
-        let wrong = kernel(&start, &start, &Explained::by(&running()));
+        let wrong = kernel(&start, &start, &Explained::by(&running(), &Deeds::default()));
         assert!(wrong.iter().any(|sentence| sentence.contains("process pid 40")), "{wrong:?}");
     }
 }

@@ -10,6 +10,13 @@ use std::process::{Command, ExitStatus, Stdio};
 
 /// Where everything of the run is: a file system in memory that nobody else sees.
 const SCRATCH: &str = "/run";
+/// What serves a share: virtiofsd, or a stub in its place.
+const VIRTIOFSD: &str = "/usr/libexec/virtiofsd";
+const PASST: &str = "/usr/bin/passt";
+/// How long a device may hang until it is quarantined: longer than the second that the supervisor gives a kernel to do what it was told, and no longer than
+/// it must be.
+const STEP_SECONDS: u32 = 2;
+const STUB_VIRTIOFSD: &str = "/run/virtiofsd";
 /// A bridge that root made, and its address.
 pub const BRIDGE: &str = "br0";
 pub const ADDRESS: [u8; 4] = [192, 0, 2, 1];
@@ -52,6 +59,12 @@ pub fn furnish() -> io::Result<()> {
         format!("ip link add {BRIDGE} address 02:00:00:00:00:01 type bridge"),
         format!("ip link set {BRIDGE} up"),
         format!("ip address add {address}/24 dev {BRIDGE}"),
+        // passt needs a default route, and does not mind that it leads nowhere. Of an interface that has a carrier whatever becomes of VMs.
+        "ip link add wan type veth peer name far".to_owned(),
+        "ip link set far up".to_owned(),
+        "ip link set wan up".to_owned(),
+        "ip address add 198.51.100.1/24 dev wan".to_owned(),
+        "ip route add default via 198.51.100.2 dev wan".to_owned(),
         "nft add table inet somebodys; add chain inet somebodys input { type filter hook input priority 0; }; add rule inet somebodys input tcp dport 1 drop"
             .to_owned(),
     ] {
@@ -63,20 +76,58 @@ pub fn furnish() -> io::Result<()> {
     for directory in ["shared", "read-only"] {
         std::fs::create_dir(Path::new(SCRATCH).join(directory))?;
     }
+    std::fs::copy(crate::host::binary("diarch-stub-virtiofsd"), STUB_VIRTIOFSD)?;
     // Somebody's service that is root's alone.
     let listener = std::os::unix::net::UnixListener::bind(Path::new(SCRATCH).join("service.sock"))?;
     std::thread::spawn(move || listener.incoming().for_each(drop));
     Ok(())
 }
 
+/// Programs that a VM may have besides the stub QEMU, as far as this machine has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Troupe {
+    pub qemu: bool,
+    pub passt: bool,
+    /// The real one; a stub is always there.
+    pub virtiofsd: bool,
+}
+
+impl Troupe {
+    pub fn of_this_machine() -> Self {
+        // Of the older one, which is written in C, there is no file of this name.
+        Self { qemu: crate::need::qemu().is_some(), passt: Path::new(PASST).exists(), virtiofsd: Path::new(VIRTIOFSD).exists() }
+    }
+
+    /// As its grants.
+    fn grants(self) -> String {
+        let mut grants = String::new();
+        if let (true, Some(qemu)) = (self.qemu, crate::need::qemu()) {
+            grants += &format!("[qemu.real]\npath = {qemu:?}\n");
+        }
+        if self.passt {
+            grants += &format!("[passt]\npath = {PASST:?}\n");
+        }
+        grants + &format!("[virtiofsd]\npath = {:?}\n", if self.virtiofsd { VIRTIOFSD } else { STUB_VIRTIOFSD })
+    }
+}
+
+impl std::fmt::Display for Troupe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let word = |there, is: &'static str, is_not: &'static str| if there { is } else { is_not };
+        let (qemu, passt) = (word(self.qemu, "stubs and QEMU", "stubs, no QEMU"), word(self.passt, "passt", "no passt"));
+        write!(f, "{qemu}, {passt}, {}", word(self.virtiofsd, "virtiofsd", "a stub for virtiofsd"))
+    }
+}
+
 /// What the run's host has, as its grants.
-pub fn grants() -> String {
+pub fn grants(troupe: Troupe) -> String {
     let address = std::net::Ipv4Addr::from(ADDRESS);
+    let programs = troupe.grants();
     format!(
-        "[network.bridged]\nbridge = \"{BRIDGE}\"\n[network.routed]\nrouted = \"10.77.0.0/20\"\nmasquerade = true\n\
+        "{programs}[network.bridged]\nbridge = \"{BRIDGE}\"\n[network.routed]\nrouted = \"10.77.0.0/20\"\nmasquerade = true\n\
          [ports]\npublish = [\"{address}:2000-2999\"]\nlisten = [\"{address}:80-82\"]\n\
          [mounts.memory]\ntmpfs_mib = 1\nwrite = true\n[mounts.directory]\ndirectory = \"{SCRATCH}/shared\"\nwrite = true\n\
          [mounts.read-only]\ndirectory = \"{SCRATCH}/read-only\"\n[sockets.service]\npath = \"{SCRATCH}/service.sock\"\n\
-         [devices]\nallow = [\"0000:17:00.0\", \"0000:01:00.0\", \"0000:01:00.1\"]\n"
+         [devices]\nallow = [\"0000:17:00.0\", \"0000:01:00.0\", \"0000:01:00.1\"]\nstep_seconds = {STEP_SECONDS}\n"
     )
 }

@@ -174,6 +174,32 @@ pub fn process(pid: i32) -> Option<Process> {
     })
 }
 
+/// What [`role`] calls an nft, and what is about to become one.
+pub const NFT: &str = "nft";
+
+/// What a process below the supervisor is.
+pub fn role(process: &Process) -> &'static str {
+    let pid = process.pid;
+    let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let program = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if program.contains("qemu") {
+        return "QEMU";
+    }
+    for name in ["passt", "virtiofsd", NFT] {
+        if program.contains(name) {
+            return name;
+        }
+    }
+    // Between fork and exec it is the supervisor's program still; of a jail's the kernel tells a second number, in its own namespace.
+    let status = fs::read(format!("/proc/{pid}/status")).unwrap_or_default();
+    let numbers = String::from_utf8_lossy(&status).lines().find_map(|line| Some(line.strip_prefix("NSpid:")?.split_whitespace().count()));
+    match numbers {
+        Some(1) if program.contains("supervisor") => NFT,
+        Some(2..) if program.contains("supervisor") => "jail at its gate",
+        _ => "other child",
+    }
+}
+
 /// A process for people: what it is, and whose child.
 pub fn described(pid: i64) -> String {
     let Some(process) = i32::try_from(pid).ok().and_then(process) else { return "gone by now".into() };

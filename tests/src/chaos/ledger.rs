@@ -13,6 +13,14 @@ pub struct Ledger {
     pub devices: BTreeMap<u64, Value>,
 }
 
+/// A passt or a virtiofsd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Companion {
+    pub kind: String,
+    pub pid: i64,
+    pub start_time: u64,
+}
+
 impl Ledger {
     pub fn read(run_directory: &Path) -> Self {
         let mut slots = BTreeMap::new();
@@ -26,6 +34,20 @@ impl Ledger {
 
     pub fn state(record: &Value) -> &str {
         record["state"].as_str().unwrap_or("unreadable")
+    }
+
+    /// What runs beside a QEMU that runs.
+    pub fn companions(record: &Value) -> Vec<Companion> {
+        let all = record["run"]["companions"].as_array().into_iter().flatten().filter(|_| Self::state(record) == "running");
+        let one = |of: &Value| {
+            let (kind, process) = (of["kind"].as_str()?.to_owned(), &of["process"]);
+            Some(Companion { kind, pid: process["pid"].as_i64()?, start_time: process["start_time"].as_u64()? })
+        };
+        all.filter_map(one).collect()
+    }
+
+    pub fn uid(record: &Value) -> u32 {
+        record["uid"].as_u64().and_then(|uid| u32::try_from(uid).ok()).unwrap_or(u32::MAX)
     }
 
     /// QEMU's process while it runs: number and start time.

@@ -2,7 +2,7 @@
 //!
 //! A tap goes with its last descriptor, and the ledger does not hear of it: what it speaks of may be gone. What somebody holds (this run, or a VM that got
 //! it) must be there, where the ledger says, and with rules that hold it to its MAC address. What the filter lets through is compared by what varies in it: the
-//! names of taps, their MAC addresses, published ports.
+//! names of taps, their MAC addresses, published ports, and the users of VMs with a passt.
 
 use super::compare::Explained;
 use super::enclosure::BRIDGE;
@@ -75,8 +75,21 @@ pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, held: &[(u64, u6
     for port in words(&text).filter_map(|word| word.parse::<u64>().ok()).filter(|port| (2000..2100).contains(port) && !ports.contains(port)) {
         wrong.push(format!("left behind: filter: it names port {port}, which the ledger does not"));
     }
-    // Our tables are there as long as the lock says so, and no longer than some slot has a tap.
-    if !taps.is_empty() || filter.is_empty() {
+    let users = users(ledger);
+    let told = |set: &str| filter.iter().find_map(|fact| elements(fact, set)).unwrap_or_default();
+    for (set, of_all) in [("users", true), ("closed_users", false)] {
+        let in_set = told(set);
+        for user in users.iter().filter(|user| user.runs && (of_all || user.closed) && !in_set.contains(&user.uid)) {
+            wrong.push(format!("slot {}: user {} has a passt, and is not among the filter's {set}", user.slot, user.uid));
+        }
+        // After its end a QEMU's user stays until the next change.
+        let known = |uid: &u64| users.iter().any(|user| user.uid == *uid && (of_all || user.closed || !user.runs));
+        for uid in in_set.iter().filter(|uid| !known(uid)) {
+            wrong.push(format!("left behind: filter: {uid} is among its {set}, and the ledger does not say so"));
+        }
+    }
+    // Our tables are there as long as the lock says so, and no longer than some slot has a tap or a passt.
+    if !taps.is_empty() || !users.is_empty() || filter.is_empty() {
         for fact in filter {
             explained.may.0.insert((Noun::Filter, fact.to_owned()), now.count(Noun::Filter, fact));
         }
@@ -103,6 +116,31 @@ fn taps(ledger: &Ledger) -> Vec<Tap<'_>> {
         }
     }
     all
+}
+
+/// The user of a VM whose user-mode networking is a passt.
+struct User {
+    slot: u64,
+    uid: u64,
+    closed: bool,
+    runs: bool,
+}
+
+fn users(ledger: &Ledger) -> Vec<User> {
+    let mut all = Vec::new();
+    for (slot, record) in &ledger.slots {
+        if let (Some(egress), Some(uid)) = (record["run"]["egress"].as_str(), record["uid"].as_u64()) {
+            all.push(User { slot: *slot, uid, closed: egress == "closed", runs: Ledger::state(record) == "running" });
+        }
+    }
+    all
+}
+
+/// The numbers in one of our sets.
+fn elements(fact: &str, set: &str) -> Option<Vec<u64>> {
+    let value: Value = serde_json::from_str(fact).ok()?;
+    let of = value.get("set").filter(|of| of["table"] == TABLE && of["name"] == set)?;
+    Some(of["elem"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect())
 }
 
 /// The interface that a fact speaks of.
@@ -147,6 +185,30 @@ mod tests {
     fn a_tap_with_its_rules_is_as_it_must_be_and_one_that_is_gone_is_nobodys_loss() {
         assert_eq!(found(&[LINK, RULES], &[(3, 0)]), Vec::<String>::new());
         assert_eq!(found(&[], &[]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_user_with_a_passt_is_held_to_its_network_and_nobody_else_is() {
+        let found = |state: &str, users: &str, closed: &str| {
+            let record = serde_json::json!({"state": state, "uid": 300_001, "run": {"egress": "closed"}});
+            let ledger = Ledger { slots: [(1, record)].into(), ..Ledger::default() };
+            let mut now = Facts::default();
+            for (name, elem) in [("users", users), ("closed_users", closed)] {
+                now.add(Noun::Filter, format!(r#"{{"set":{{"table":"diarch","name":"{name}","elem":[{elem}]}}}}"#));
+            }
+            differences(&Facts::default(), &now, &ledger, &[], &mut Explained::default())
+        };
+        assert_eq!(found("running", "300001", "300001"), Vec::<String>::new());
+        assert_eq!(found("exited", "300001", "300001"), Vec::<String>::new());
+        assert_eq!(found("exited", "", ""), Vec::<String>::new());
+        for (users, closed, says) in [
+            ("", "300001", "not among the filter's users"),
+            ("300001", "", "not among the filter's closed_users"),
+            ("300001, 300002", "300001", "left behind: filter: 300002"),
+        ] {
+            let wrong = found("running", users, closed);
+            assert!(wrong.len() == 1 && wrong[0].contains(says), "no {says:?} in {wrong:?}");
+        }
     }
 
     #[test]

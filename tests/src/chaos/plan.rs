@@ -1,7 +1,8 @@
 //! What a round does: decided by the seed and the round's number, and by nothing else.
 
+use crate::host::Qemu;
 use diarch_ipc::operation::SignalKind;
-use diarch_ipc::spec::DiskAccess;
+use diarch_ipc::spec::{DiskAccess, Egress};
 use std::fmt;
 
 /// VMs by name; one more than there are slots, so that slots run out.
@@ -61,6 +62,7 @@ pub enum Ask {
     Claim,
     Spawn {
         words: usize,
+        cast: Cast,
     },
     Attach,
     Console,
@@ -100,12 +102,36 @@ pub enum Ask {
     },
 }
 
+/// Who plays in a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cast {
+    pub qemu: Qemu,
+    /// Cards of user-mode networking: a passt for each.
+    pub cards: u64,
+    pub egress: Egress,
+    pub shares: Shares,
+}
+
+/// Nobody but the stub.
+pub const ALONE: Cast = Cast { qemu: Qemu::Stub, cards: 0, egress: Egress::Closed, shares: Shares::None };
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shares {
+    None,
+    /// A virtiofsd for each mount that the VM has.
+    Attached,
+}
+
 /// What the grants of the run call them.
 pub const NETWORKS: [&str; 2] = ["bridged", "routed"];
 pub const SHARES: [&str; 3] = ["memory", "directory", "read-only"];
 pub const SOCKET: &str = "service";
 /// One alone, one of two in a group.
 pub const FUNCTIONS: [&str; 3] = ["0000:17:00.0", "0000:01:00.0", "0000:01:00.1"];
+/// Their groups, and their drivers.
+pub const GROUPS: [u64; 3] = [20, 12, 12];
+pub const DRIVERS: [&str; 3] = ["nvidia", "nvidia", "snd_hda_intel"];
+pub const VFIO: &str = "vfio-pci";
 
 /// In whose name it is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,10 +160,36 @@ pub enum Victim {
     Qemu {
         name: usize,
     },
+    /// A passt or a virtiofsd, beside a QEMU that goes on.
+    Companion {
+        name: usize,
+        which: usize,
+    },
     /// Any process below the supervisor that is no running QEMU: one that waits at its gate, a helper's child.
     Child {
         which: usize,
     },
+}
+
+/// What the kernel does wrong with a device, until the round ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Whoever asks this driver to let go of something waits.
+    Hang { driver: &'static str },
+    /// This driver does not take this function.
+    Refusal { driver: &'static str, which: usize },
+    /// The function reads all ones.
+    Death { which: usize },
+}
+
+impl Fault {
+    /// The groups whose quarantine it explains.
+    pub fn groups(self) -> Vec<u64> {
+        match self {
+            Fault::Hang { .. } => GROUPS.to_vec(),
+            Fault::Refusal { which, .. } | Fault::Death { which } => vec![GROUPS[which]],
+        }
+    }
 }
 
 /// How another worker comes to take over.
@@ -163,12 +215,20 @@ pub enum Step {
         ask: Ask,
         at: u64,
     },
+    /// As `Ask`, and the so many-th process that is made for it dies a moment after it was made: a jail at its gate, a companion, an nft.
+    Hunt {
+        name: usize,
+        ask: Ask,
+        nth: usize,
+        micros: u64,
+    },
     /// One claim, asked twice under one id, with the supervisor's death in between or not.
     Twice {
         name: usize,
         killed: bool,
     },
     Kill(Victim),
+    Fault(Fault),
     Succeed(Succession),
     /// A frame that no honest worker sends.
     Frame {
@@ -190,10 +250,12 @@ impl fmt::Display for Step {
                 if *then == Then::GoOn { f.write_str(", and go on") } else { Ok(()) }
             }
             Step::Cut { name, ask, at } => write!(f, "ask {ask:?} of {}, the supervisor killed at its system call {at}", label(*name)),
+            Step::Hunt { name, ask, nth, micros } => write!(f, "ask {ask:?} of {}, and kill its process {nth} after {micros} us", label(*name)),
             Step::Twice { name, killed } => {
                 write!(f, "claim {} twice under one id{}", label(*name), if *killed { ", the supervisor killed in between" } else { "" })
             }
             Step::Kill(victim) => write!(f, "kill {victim:?}"),
+            Step::Fault(fault) => write!(f, "from now on {fault:?}"),
             Step::Succeed(how) => write!(f, "another worker, by {how:?}"),
             Step::Frame { which } => write!(f, "hostile frame {which}"),
             Step::Pause { micros } => write!(f, "pause {micros} us"),
@@ -213,8 +275,8 @@ pub fn plan(seed: u64, round: u64) -> Vec<Step> {
     let names = [random.below(NAMES), random.below(NAMES), random.below(NAMES)];
     for _ in 0..4 + random.below(10) {
         let name = random.pick(&names);
-        let step = match random.below(100) {
-            0..=71 => {
+        let step = match random.below(1_000) {
+            0..=719 => {
                 let ask = ask(&mut random);
                 // Most of what is asked of nobody's slot is refused at the door: not too much of that.
                 if !matches!(ask, Ask::Claim | Ask::Inventory | Ask::Release | Ask::Listen { .. } | Ask::Connect) && random.below(3) > 0 {
@@ -225,11 +287,20 @@ pub fn plan(seed: u64, round: u64) -> Vec<Step> {
                 let cut = Step::Cut { name, ask, at: 1 + random.next() % most };
                 let then = random.weighed(&[(1, Then::Wait), (1, Then::GoOn)]);
                 let asked = Step::Ask { name, ask, claim: claim(&mut random), then };
-                random.weighed(&[(4, asked), (1, cut)])
+                // An inventory is answered without anybody's help.
+                let hunt =
+                    Step::Hunt { name, ask, nth: random.weighed(&[(3, 0), (2, 1), (1, 2), (1, 3)]), micros: random.next() % random.pick(&[100, 1_000, 5_000]) };
+                random.weighed(&[(40, asked), (10, cut), (if ask == Ask::Inventory { 0 } else { 6 }, hunt)])
             }
-            72..=86 => Step::Kill(victim(&mut random, name)),
-            87..=91 => Step::Succeed(random.pick(&[Succession::Death, Succession::Rivalry])),
-            92..=94 => Step::Twice { name, killed: random.below(2) == 0 },
+            720..=864 => Step::Kill(victim(&mut random, name)),
+            865..=874 => {
+                let (mut before, fault, after) = trouble(&mut random, name);
+                steps.append(&mut before);
+                steps.push(Step::Fault(fault));
+                after
+            }
+            875..=914 => Step::Succeed(random.pick(&[Succession::Death, Succession::Rivalry])),
+            915..=944 => Step::Twice { name, killed: random.below(2) == 0 },
             _ => Step::Frame { which: random.below(100_000) },
         };
         steps.push(step);
@@ -247,8 +318,43 @@ pub fn plan(seed: u64, round: u64) -> Vec<Step> {
     steps
 }
 
+/// A fault of the kernel's where it is met: what comes before it, the fault, what comes after it.
+fn trouble(random: &mut Random, name: usize) -> (Vec<Step>, Fault, Step) {
+    let which = random.below(FUNCTIONS.len());
+    let function = FUNCTIONS[which];
+    let step = |ask| Step::Ask { name, ask, claim: Claim::Own, then: Then::Wait };
+    let then = random.pick(&[Then::Wait, Then::GoOn]);
+    let last = |ask| Step::Ask { name, ask, claim: Claim::Own, then };
+    let (claimed, bound) = (vec![step(Ask::Claim)], vec![step(Ask::Claim), step(Ask::Bind { function })]);
+    // What takes a group from vfio-pci, in three ways.
+    let back = random.pick(&[Ask::Unbind { function }, Ask::Recover { function }, Ask::Release]);
+    match random.below(8) {
+        0 => (claimed, Fault::Hang { driver: DRIVERS[which] }, last(Ask::Bind { function })),
+        1 => (bound, Fault::Hang { driver: VFIO }, last(back)),
+        2 => (claimed, Fault::Refusal { driver: VFIO, which }, last(Ask::Bind { function })),
+        3 => (bound, Fault::Refusal { driver: DRIVERS[which], which }, last(back)),
+        4 => (bound, Fault::Death { which }, last(back)),
+        5 => (bound, Fault::Death { which }, Step::Kill(Victim::Supervisor)),
+        // It dies in a VM, which ends in its own way or in ours.
+        ending => {
+            let mut running = bound;
+            running.push(step(Ask::Spawn { words: if ending == 6 { 4 } else { 0 }, cast: ALONE }));
+            (running, Fault::Death { which }, last(Ask::Signal(SignalKind::Kill)))
+        }
+    }
+}
+
+fn cast(random: &mut Random) -> Cast {
+    Cast {
+        qemu: random.weighed(&[(20, Qemu::Stub), (1, Qemu::Real)]),
+        cards: random.weighed(&[(5, 0), (2, 1), (1, 2)]),
+        egress: random.pick(&[Egress::Closed, Egress::Host]),
+        shares: random.weighed(&[(2, Shares::None), (1, Shares::Attached)]),
+    }
+}
+
 fn ask(random: &mut Random) -> Ask {
-    let spawn = Ask::Spawn { words: random.weighed(&[(6, 0), (1, 1), (1, 2), (1, 3), (1, 4)]) };
+    let spawn = Ask::Spawn { words: random.weighed(&[(6, 0), (1, 1), (1, 2), (1, 3), (1, 4)]), cast: cast(random) };
     let signal = Ask::Signal(random.pick(&[SignalKind::Kill, SignalKind::Terminate]));
     let nic = random.next() % 2;
     let tap = Ask::OpenTap { nic, network: random.pick(&NETWORKS), queues: 1 + random.next() % 2 };
@@ -268,8 +374,8 @@ fn claim(random: &mut Random) -> Claim {
 }
 
 fn victim(random: &mut Random, name: usize) -> Victim {
-    let child = Victim::Child { which: random.below(1_000) };
-    random.weighed(&[(8, Victim::Supervisor), (1, Victim::SupervisorInOrder), (4, Victim::Qemu { name }), (4, child)])
+    let (child, companion) = (Victim::Child { which: random.below(1_000) }, Victim::Companion { name, which: random.below(8) });
+    random.weighed(&[(8, Victim::Supervisor), (1, Victim::SupervisorInOrder), (4, Victim::Qemu { name }), (3, companion), (4, child)])
 }
 
 #[cfg(test)]
@@ -290,6 +396,9 @@ mod tests {
             assert!(steps.iter().any(|step| step.contains(kind)), "no step with {kind}");
         }
         for kind in ["OpenTap", "Publish", "Withdraw", "Listen", "AttachMount", "DetachMount", "Connect", "Bind", "Unbind", "Recover"] {
+            assert!(steps.iter().any(|step| step.contains(kind)), "no step with {kind}");
+        }
+        for kind in ["qemu: Real", "cards: 2", "Attached", "Host", "its process 3", "kill Companion", "Hang", "Refusal", "Death"] {
             assert!(steps.iter().any(|step| step.contains(kind)), "no step with {kind}");
         }
         for kind in ["kill Supervisor", "kill Qemu", "kill Child", "another worker", "hostile frame", "pause"] {

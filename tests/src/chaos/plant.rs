@@ -1,11 +1,17 @@
 //! Something left behind on purpose, of each kind that the kernel's account knows: a run that does not find it proves nothing.
 
-use crate::host::Host;
+use super::plan::{FUNCTIONS, SHARES};
+use crate::host::{Host, Session};
+use crate::stage::Stage;
 use crate::stand_in::Unit;
+use diarch_ipc::name::{Bdf, Mac, ShareName, Tag};
+use diarch_ipc::operation::{AttachMount, Bind, DeviceState, Request, Spawn};
+use diarch_ipc::spec::{Backend, DiskAccess, Egress, Nic, Share};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plant {
@@ -24,9 +30,15 @@ pub enum Plant {
     Record,
     /// A running VM's record that is gone.
     Amnesia,
+    /// A passt of which the ledger does not know any more.
+    Passt,
+    /// And a virtiofsd.
+    Virtiofsd,
+    /// A device that was quarantined, and nobody knows why.
+    Quarantine,
 }
 
-pub const ALL: [Plant; 12] = [
+pub const ALL: [Plant; 15] = [
     Plant::Process,
     Plant::Link,
     Plant::Address,
@@ -39,6 +51,9 @@ pub const ALL: [Plant; 12] = [
     Plant::Port,
     Plant::Record,
     Plant::Amnesia,
+    Plant::Passt,
+    Plant::Virtiofsd,
+    Plant::Quarantine,
 ];
 
 impl std::fmt::Display for Plant {
@@ -55,7 +70,7 @@ impl std::str::FromStr for Plant {
 }
 
 impl Plant {
-    pub fn put(self, host: &Host, user: u32) -> io::Result<()> {
+    pub fn put(self, host: &Host, stage: &Stage, user: u32) -> io::Result<()> {
         let ip = |words: &[&str]| command(Command::new("ip").args(words));
         match self {
             Plant::Process => {
@@ -89,16 +104,63 @@ impl Plant {
                 std::fs::write(slot.join("record.json"), "{\"slot\": 77, \"state\": \"claimed\"}")
             }
             Plant::Amnesia => {
-                let session = host.session();
-                session.inventory().vms.iter().for_each(|vm| {
-                    session.release(vm.tenancy());
-                });
+                let session = empty(host);
                 let tenancy = session.claim("forgotten").tenancy;
                 session.spawn(host, tenancy, "");
                 remove(&host.inside("run/vm").join(tenancy.slot.to_string()))
             }
+            Plant::Passt | Plant::Virtiofsd => {
+                let session = empty(host);
+                let tenancy = session.claim("beside").tenancy;
+                let (mut spec, fds) = host.spec("");
+                if self == Plant::Passt {
+                    let mac = Mac::new("52:54:00:00:00:77").map_err(io::Error::other)?;
+                    spec.nics.push(Nic { mac, backend: Backend::User { egress: Egress::Closed, forwards: Vec::new() } });
+                } else {
+                    let share = ShareName::new(SHARES[0]).map_err(io::Error::other)?;
+                    let attach = AttachMount { tenancy, share: share.clone(), access: DiskAccess::ReadOnly };
+                    session.ask(Request::MountAttach(attach), Vec::new()).map_err(io::Error::other)?;
+                    spec.shares.push(Share { share, tag: Tag::new("tag").map_err(io::Error::other)? });
+                }
+                session.ask(Request::VmSpawn(Spawn { tenancy, spec }), fds).map_err(io::Error::other)?;
+                let path = host.inside("run/vm").join(tenancy.slot.to_string()).join("record.json");
+                let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+                let forgotten = record["run"]["companions"].take();
+                if forgotten.as_array().is_none_or(|all| all.len() != 1) {
+                    return Err(io::Error::other(format!("it runs with {forgotten}")));
+                }
+                record["run"]["companions"] = serde_json::json!([]);
+                std::fs::write(&path, record.to_string())
+            }
+            Plant::Quarantine => {
+                let session = empty(host);
+                let tenancy = session.claim("quarantined").tenancy;
+                let function = Bdf::new(FUNCTIONS[0]).map_err(io::Error::other)?;
+                session.ask(Request::VfioBind(Bind { tenancy, function }), Vec::new()).map_err(io::Error::other)?;
+                stage.die(FUNCTIONS[0]);
+                // The next supervisor looks whether it answers.
+                host.manager().kill_and_wait(Unit::Supervisor);
+                let until = Instant::now() + Duration::from_secs(5);
+                while !session.inventory().devices.iter().any(|device| device.state == DeviceState::Quarantined) {
+                    if Instant::now() > until {
+                        return Err(io::Error::other("it was not quarantined"));
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                stage.revive(FUNCTIONS[0], (0x10de, 0x2330));
+                Ok(())
+            }
         }
     }
+}
+
+/// A worker that has every slot free.
+fn empty(host: &Host) -> Session {
+    let session = host.session();
+    session.inventory().vms.iter().for_each(|vm| {
+        session.release(vm.tenancy());
+    });
+    session
 }
 
 fn remove(directory: &Path) -> io::Result<()> {
