@@ -44,7 +44,7 @@ use enclosure::Troupe;
 use kernel::{Facts, View, look};
 use ledger::Ledger;
 use plant::Plant;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,10 @@ pub struct Summary {
     pub steps: u64,
     /// How many of whom.
     pub kills: BTreeMap<&'static str, u64>,
+    /// How often the kernel did what wrong.
+    pub done_wrong: BTreeMap<&'static str, u64>,
+    /// How many of whom were seen to run at the end of a round.
+    pub seen: BTreeMap<String, usize>,
     /// The supervisor's starts.
     pub starts: u64,
     /// How often a restart was needed for the packet filter.
@@ -116,6 +120,8 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
         stage: stage.root().to_owned(),
         start: Facts::default(),
         harness: 0,
+        seen: BTreeSet::new(),
+        rounds: 0,
         patience: if settings.plant.is_some() { PLANTED } else { SETTLED },
     };
     let started = Instant::now();
@@ -124,6 +130,7 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
     for round in settings.from..settings.from + settings.rounds {
         let plan = plan::plan(settings.seed, round);
         chaos.actor.heard.clear();
+        chaos.rounds += 1;
         for step in &plan {
             chaos.actor.step(step);
         }
@@ -147,7 +154,20 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
     }
     chaos.last_words().map_err(|wrong| chaos.found(settings.from + settings.rounds, Vec::new(), wrong))?;
     let (answers, kills, mended) = (std::mem::take(&mut chaos.actor.answers), std::mem::take(&mut chaos.actor.kills), chaos.actor.mended);
-    Ok(Summary { rounds: settings.rounds, steps, kills, starts: host.manager().unit(Unit::Supervisor).starts, mended, took: started.elapsed(), answers })
+    let done_wrong = std::mem::take(&mut chaos.actor.done_wrong);
+    let mut seen = BTreeMap::new();
+    chaos.seen.iter().for_each(|(what, _, _)| *seen.entry(what.clone()).or_insert(0) += 1);
+    Ok(Summary {
+        rounds: settings.rounds,
+        steps,
+        kills,
+        done_wrong,
+        seen,
+        starts: host.manager().unit(Unit::Supervisor).starts,
+        mended,
+        took: started.elapsed(),
+        answers,
+    })
 }
 
 struct Chaos<'a> {
@@ -157,6 +177,9 @@ struct Chaos<'a> {
     start: Facts,
     /// Our own descriptors at the start.
     harness: usize,
+    /// What, and which: number and start time, or group and round.
+    seen: BTreeSet<(String, i64, u64)>,
+    rounds: u64,
     patience: Duration,
 }
 
@@ -241,6 +264,7 @@ impl Chaos<'_> {
         let ledger = Ledger::read(&self.host.inside("run"));
         let now = self.look()?;
         let deeds = Deeds { held: self.actor.held_taps(), killed: self.actor.killed.clone(), troubled: self.actor.troubled.clone() };
+        self.note(&ledger);
         let mut wrong = compare::differences(&self.start, &now, &ledger, &deeds, &told);
         wrong.extend(self.actor.broken_promises(&told.vms));
         if let Some(trouble) = told.audit.trouble.filter(|_| told.audit.lost > 0) {
@@ -256,6 +280,24 @@ impl Chaos<'_> {
             }
         }
         Ok(wrong)
+    }
+
+    /// What the run met, for its summary.
+    fn note(&mut self, ledger: &Ledger) {
+        for record in ledger.slots.values() {
+            for one in Ledger::companions(record) {
+                self.seen.insert((one.kind, one.pid, one.start_time));
+            }
+            let process = Ledger::process(record).and_then(|(pid, start_time)| Some((kernel::process(i32::try_from(pid).ok()?)?, start_time)));
+            if let Some((process, start_time)) = process {
+                let program = std::fs::read_link(format!("/proc/{}/exe", process.pid)).unwrap_or_default();
+                let what = if program.ends_with("diarch-stub-qemu") { "stub QEMU" } else { "QEMU" };
+                self.seen.insert((what.into(), process.pid.into(), start_time));
+            }
+        }
+        for group in ledger.devices.iter().filter(|(_, record)| record["state"] == devices::QUARANTINED).map(|(group, _)| *group) {
+            self.seen.insert(("quarantined group of devices".into(), group.cast_signed(), self.rounds));
+        }
     }
 
     /// What only the whole run shows.

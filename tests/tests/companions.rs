@@ -1,6 +1,6 @@
 //! Programs beside a VM's QEMU, in a network of the test's own: a real guest, real passt, and the kernel's packet filter.
 
-use diarch_ipc::name::{CommandLine, Forward, IpText, Mac, MiB, Port, Protocol, Tenancy};
+use diarch_ipc::name::{CommandLine, Forward, IpText, Mac, MiB, Port, Protocol, QemuName, Tenancy};
 use diarch_ipc::operation::{Console, Event, Reply, Request, Spawn};
 use diarch_ipc::spec::{Backend, Boot, Egress, Nic, Presence, VmSpec};
 use diarch_tests::host::{Host, Session, assert_same, free_port};
@@ -290,6 +290,43 @@ fn companions_end_with_their_qemu_before_that_is_told_so_that_the_next_one_finds
     host.wait_ready();
     session.release(tenancy);
     assert!(tables().is_empty(), "{}", tables());
+    drop(session);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_start_that_fails_leaves_no_rule_of_its_user() {
+    need!(Root, Network, Passt, Kernel(6, 5));
+    netns::enter();
+    let _world = World::joined("wan");
+    ip("address add 192.0.2.1/24 dev wan");
+    ip("route add default via 192.0.2.2");
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken");
+    fs::write(&broken, "no program\n").unwrap();
+    fs::set_permissions(&broken, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let host = Host::builder().without_worker().grants(&format!("{PASST}[qemu.broken]\npath = {broken:?}\n")).start();
+    let before = host.inventory();
+    let session = host.session();
+    let tenancy = session.claim("web").tenancy;
+    let (mut spec, fds) = host.spec("");
+    spec.qemu = QemuName::new("broken").unwrap();
+    spec.nics.push(user(Egress::Closed, free_port()));
+    let error = session.ask(Request::VmSpawn(Spawn { tenancy, spec: spec.clone() }), fds).unwrap_err();
+    assert!(error.to_string().contains("exec"), "{error}");
+    assert!(tables().is_empty(), "{}", tables());
+    // A running one's stay when the next start in another slot fails.
+    let (mut runs, fds) = host.spec("");
+    runs.nics = spec.nics.clone();
+    session.ask(Request::VmSpawn(Spawn { tenancy, spec: runs }), fds).unwrap();
+    let held = run("nft", &["list", "set", "inet", "diarch", "closed_users"]);
+    let other = session.claim("other").tenancy;
+    spec.nics = vec![user(Egress::Closed, free_port())];
+    let (_, fds) = host.spec("");
+    session.ask(Request::VmSpawn(Spawn { tenancy: other, spec }), fds).unwrap_err();
+    assert_eq!(run("nft", &["list", "set", "inet", "diarch", "closed_users"]), held);
+    session.release(other);
+    session.release(tenancy);
     drop(session);
     assert_same(&before, &host);
 }

@@ -54,13 +54,13 @@ fn users(supervisor: &Supervisor) -> Vec<rules::User> {
     rules::users(supervisor.slots.borrow().values().map(|vm| &vm.record))
 }
 
-/// After a slot was released: its user, which has no process any more, goes out of the rules.
+/// After a slot was released, or a start of its VM failed: its user, which has no process any more, goes out of the rules.
 pub async fn forget_user(supervisor: &Rc<Supervisor>, row: &'static Operation, record: &Record) {
     if record.run.as_ref().is_none_or(|run| run.egress.is_none()) {
         return;
     }
     if let Err(error) = settle(supervisor, row, record, None).await {
-        tracing::error!(slot = %record.slot, %error, "the packet filter still has the user of a released slot");
+        tracing::error!(slot = %record.slot, %error, "the packet filter still has a user that has no process any more");
     }
 }
 

@@ -158,7 +158,8 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), &supervisor.kvm.borrow(), id, &ask, facts)?;
 
     let before = supervisor.with(tenancy, |vm| vm.record.clone())?;
-    supervisor.record(vetted.record.clone())?;
+    let intended = vetted.record.clone();
+    supervisor.record(intended.clone())?;
 
     if let Err(error) = devices.attach(supervisor, row, slot, before.uid).await {
         supervisor.record_or_believe(before);
@@ -176,6 +177,8 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
         Err(error) => {
             devices.detach(supervisor, row, slot).await;
             supervisor.record_or_believe(before);
+            // It has no process, and no record speaks of its rules any more.
+            net::forget_user(supervisor, row, &intended).await;
             return Err(error);
         }
     };

@@ -71,16 +71,20 @@ fn main() -> ExitCode {
             for (answer, count) in &summary.answers {
                 println!("  {count:6} {answer}");
             }
-            println!("killed:");
+            for (what, count) in &summary.seen {
+                println!("  {count:6} at a round's end: {what}");
+            }
             for (whom, count) in &summary.kills {
-                println!("  {count:6} {whom}");
+                println!("  {count:6} killed: {whom}");
+            }
+            for (what, count) in &summary.done_wrong {
+                println!("  {count:6} times the kernel had {what}");
             }
             println!(
                 "clean: {} rounds, {} steps, {} kills, {} starts of the supervisor ({} for the packet filter's sake), {took:.1} s, {:.0} rounds a minute, seed {}",
                 summary.rounds,
                 summary.steps,
-                // What the kernel did wrong is no death.
-                summary.kills.iter().filter(|(whom, _)| !whom.starts_with('(')).map(|(_, count)| count).sum::<u64>(),
+                summary.kills.values().sum::<u64>(),
                 summary.starts,
                 summary.mended,
                 summary.rounds as f64 * 60.0 / took,

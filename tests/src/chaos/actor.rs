@@ -98,6 +98,8 @@ pub struct Actor<'a> {
     pub answers: BTreeMap<String, u64>,
     /// How many of whom were killed.
     pub kills: BTreeMap<&'static str, u64>,
+    /// How often the kernel did what wrong.
+    pub done_wrong: BTreeMap<&'static str, u64>,
     /// An nft was killed in this round.
     pub killed_nft: bool,
     /// How often only the supervisor's next start made the packet filter right.
@@ -126,6 +128,7 @@ impl<'a> Actor<'a> {
             heard: Vec::new(),
             answers: BTreeMap::new(),
             kills: BTreeMap::new(),
+            done_wrong: BTreeMap::new(),
             killed_nft: false,
             mended: 0,
         }
@@ -533,11 +536,12 @@ impl<'a> Actor<'a> {
             Fault::Refusal { driver, which } => self.stage.refuse(driver, FUNCTIONS[which]),
             Fault::Death { which } => self.stage.die(FUNCTIONS[which]),
         }
-        self.count(match fault {
-            Fault::Hang { .. } => "(driver that hangs)",
-            Fault::Refusal { .. } => "(driver that refuses)",
-            Fault::Death { .. } => "(device that dies)",
-        });
+        let what = match fault {
+            Fault::Hang { .. } => "a driver that hangs",
+            Fault::Refusal { .. } => "a driver that does not take its device",
+            Fault::Death { .. } => "a device that reads all ones",
+        };
+        *self.done_wrong.entry(what).or_insert(0) += 1;
         self.troubled.extend(fault.groups());
         self.faults.push(fault);
     }

@@ -10,7 +10,7 @@ use diarch_ipc::operation::DeviceRecord;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-const QUARANTINED: &str = "quarantined";
+pub const QUARANTINED: &str = "quarantined";
 
 pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, troubled: &BTreeSet<u64>, told: &[DeviceRecord], explained: &mut Explained) -> Vec<String> {
     let mut wrong = Vec::new();
