@@ -4,11 +4,11 @@ use diarch_tests::chaos::{self, Settings, enclosure};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-const USAGE: &str = "usage: diarch-chaos [--rounds N] [--seed N] [--from ROUND] [--plant THING]
+const USAGE: &str = "usage: diarch-chaos [--rounds N] [--seed N] [--from ROUND] [--plant THING] [--tree DIRECTORY]
 
 Random operations, random deaths and a kernel that does wrong, around a real supervisor with stub QEMUs (and real ones, and passt and virtiofsd, where they are
 installed), in namespaces of its own; after each of N rounds (2000) the kernel must have what the ledger says. Needs root, ip and nft. The seed decides what is done; without --seed it is random, and printed. With --plant something is left
-behind half way on purpose, and must be found. Exit code 0: clean; 1: something was found.";
+behind half way on purpose, and must be found. With --tree all takes place on the tree of another Debian (tests/debian/build makes one), with its programs. Exit code 0: clean; 1: something was found.";
 
 /// Differences that are printed: one lost table is a hundred.
 const MOST: usize = 30;
@@ -19,7 +19,7 @@ struct Options {
 }
 
 fn parse(arguments: &[String]) -> Result<Options, String> {
-    let mut settings = Settings { seed: seed(), from: 0, rounds: 2000, users: diarch_tests::host::users(), plant: None };
+    let mut settings = Settings { seed: seed(), from: 0, rounds: 2000, users: diarch_tests::host::users(), plant: None, tree: None };
     let mut inside = false;
     let mut rest = arguments.iter();
     while let Some(option) = rest.next() {
@@ -34,6 +34,7 @@ fn parse(arguments: &[String]) -> Result<Options, String> {
             "--seed" => settings.seed = number()?,
             "--from" => settings.from = number()?,
             "--users" => settings.users = u32::try_from(number()?).map_err(|e| e.to_string())?,
+            "--tree" => settings.tree = Some(value.into()),
             "--plant" => settings.plant = Some(value.parse()?),
             other => return Err(format!("there is no option {other:?}")),
         }
@@ -59,7 +60,7 @@ fn main() -> ExitCode {
     if !inside {
         return begin(&settings);
     }
-    if let Err(error) = enclosure::furnish() {
+    if let Err(error) = enclosure::furnish(settings.tree.as_deref()) {
         eprintln!("diarch-chaos: the namespaces: {error}");
         return ExitCode::from(2);
     }
@@ -114,6 +115,9 @@ fn begin(settings: &Settings) -> ExitCode {
     numbers.into_iter().for_each(|(name, number)| arguments.extend([name.to_owned(), number.to_string()]));
     if let Some(plant) = settings.plant {
         arguments.extend(["--plant".to_owned(), plant.to_string()]);
+    }
+    if let Some(tree) = &settings.tree {
+        arguments.extend(["--tree".to_owned(), tree.display().to_string()]);
     }
     match enclosure::enter(&arguments) {
         Ok(status) => ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)),

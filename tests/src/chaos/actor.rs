@@ -186,22 +186,23 @@ impl<'a> Actor<'a> {
 
     /// Kills the so many-th process that the supervisor makes for this, whatever it is.
     fn hunt(&mut self, name: usize, ask: Ask, nth: usize, after: Duration) {
-        let own: BTreeSet<i32> = processes().into_iter().map(|process| process.pid).collect();
+        let before = kernel::numbers();
         // What dies may be what was asked for.
         let under_way = self.begin(name, ask, Claim::Own);
         self.touch_what_is_under_way();
         if let Some(tenancy) = under_way.request.tenancy() {
             self.touch(tenancy);
         }
+        // A jail is at its gate for a millisecond: only numbers are looked at.
         let (until, mut seen) = (Instant::now() + HUNT, Vec::new());
         while seen.len() <= nth && Instant::now() < until && !under_way.asked.is_answered() {
-            for process in processes() {
-                if !own.contains(&process.pid) && !seen.contains(&process.pid) {
-                    seen.push(process.pid);
+            for pid in kernel::numbers() {
+                if !before.contains(&pid) && !seen.contains(&pid) {
+                    seen.push(pid);
                 }
             }
         }
-        // One that is younger is another supervisor, which the manager made: that would be no child.
+        // It may be another supervisor, whom the manager started: no child, and killed often enough.
         if let Some(prey) = seen.get(nth).and_then(|pid| kernel::process(*pid)).filter(|prey| !self.own().contains(&prey.pid)) {
             std::thread::sleep(after);
             self.end(&prey);
@@ -514,6 +515,11 @@ impl<'a> Actor<'a> {
     }
 
     fn end(&mut self, process: &Process) {
+        // It may have ended by itself by now.
+        let lives = |now: &Process| (now.start_time, now.state != 'Z') == (process.start_time, true);
+        if !kernel::process(process.pid).is_some_and(|now| lives(&now)) {
+            return;
+        }
         let what = kernel::role(process);
         self.count(what);
         self.killed_nft |= what == kernel::NFT;

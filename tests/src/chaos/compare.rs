@@ -82,7 +82,8 @@ pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, deeds: &Deeds, t
     wrong
 }
 
-fn kernel(start: &Facts, now: &Facts, explained: &Explained) -> Vec<String> {
+/// What the kernel has too much or too little, by what is explained.
+pub fn kernel(start: &Facts, now: &Facts, explained: &Explained) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut all: Vec<&(Noun, String)> = start.0.keys().chain(now.0.keys()).chain(explained.must.0.keys()).collect();
     all.sort();

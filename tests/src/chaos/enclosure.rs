@@ -27,12 +27,41 @@ pub fn enter(arguments: &[String]) -> io::Result<ExitStatus> {
     Command::new(std::env::current_exe()?).args(arguments).env("TMPDIR", SCRATCH).stdin(Stdio::null()).status()
 }
 
-/// What is left to do inside.
-pub fn furnish() -> io::Result<()> {
+/// Has another root from now on: the tree of a Debian, of which nothing is changed, with this machine's devices and our own programs in it.
+fn move_into(tree: &Path) -> io::Result<()> {
+    const OVER: &str = "/mnt";
+    let none: Option<&str> = None;
+    let programs = std::env::current_exe()?.parent().map(Path::to_owned).ok_or(io::ErrorKind::NotFound)?;
+    let tree = std::fs::canonicalize(tree)?;
+    mount(Some("tmpfs"), OVER, Some("tmpfs"), MsFlags::MS_NODEV, Some("mode=755"))?;
+    let at = |name: &str| Path::new(OVER).join(name);
+    for name in ["upper", "work", "root"] {
+        std::fs::create_dir(at(name))?;
+    }
+    let layers = format!("lowerdir={},upperdir={OVER}/upper,workdir={OVER}/work", tree.display());
+    let root = at("root");
+    mount(Some("overlay"), &root, Some("overlay"), MsFlags::empty(), Some(layers.as_str()))?;
+    for shown in [Path::new("/dev"), &programs] {
+        let place = root.join(shown.strip_prefix("/").unwrap_or(shown));
+        std::fs::create_dir_all(&place)?;
+        mount(Some(shown), &place, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
+    }
+    // The old root lies over the new one then, and is taken off.
+    std::env::set_current_dir(&root)?;
+    nix::unistd::pivot_root(".", ".")?;
+    nix::mount::umount2(".", nix::mount::MntFlags::MNT_DETACH)?;
+    std::env::set_current_dir("/")
+}
+
+/// What is left to do inside; on the tree of another Debian, if one is given.
+pub fn furnish(tree: Option<&Path>) -> io::Result<()> {
     // With who started us, everything in here goes: we are its first process.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    if let Some(tree) = tree {
+        move_into(tree)?;
+    }
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), plain, none)?;
     mount(Some("tmpfs"), SCRATCH, Some("tmpfs"), MsFlags::MS_NODEV, Some("mode=755"))?;

@@ -147,10 +147,15 @@ fn descriptor(target: &str) -> String {
 
 // ---- processes ----
 
+/// The number of every process of this PID namespace.
+pub fn numbers() -> Vec<i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
 /// Every process of this PID namespace; zombies too, since nobody should leave them.
 pub fn processes() -> Vec<Process> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let mut found: Vec<Process> = entries.filter_map(|entry| process(entry.file_name().to_str()?.parse().ok()?)).collect();
+    let mut found: Vec<Process> = numbers().into_iter().filter_map(process).collect();
     found.sort();
     found
 }
@@ -196,6 +201,8 @@ pub fn role(process: &Process) -> &'static str {
     match numbers {
         Some(1) if program.contains("supervisor") => NFT,
         Some(2..) if program.contains("supervisor") => "jail at its gate",
+        // A supervisor to be.
+        _ if program.contains("stand-in") => "supervisor, at its birth",
         _ => "other child",
     }
 }

@@ -282,6 +282,12 @@ pub fn plan(seed: u64, round: u64) -> Vec<Step> {
                 if !matches!(ask, Ask::Claim | Ask::Inventory | Ask::Release | Ask::Listen { .. } | Ask::Connect) && random.below(3) > 0 {
                     steps.push(Step::Ask { name, ask: Ask::Claim, claim: Claim::Own, then: Then::Wait });
                 }
+                // Where nothing is attached nothing is served.
+                if matches!(ask, Ask::Spawn { cast: Cast { shares: Shares::Attached, .. }, .. }) && random.below(3) > 0 {
+                    let access = random.pick(&[DiskAccess::ReadOnly, DiskAccess::ReadWrite]);
+                    let attach = Ask::AttachMount { share: random.pick(&SHARES), access };
+                    steps.push(Step::Ask { name, ask: attach, claim: Claim::Own, then: Then::Wait });
+                }
                 // The longest of them makes some three hundred.
                 let most = random.pick(&[20, 60, 150, 350]);
                 let cut = Step::Cut { name, ask, at: 1 + random.next() % most };
