@@ -49,9 +49,10 @@ test: lint guest tree lab deb ## everything: style, unit tests, and real VMs (ne
 test-fast: | prerequisites ## the tests that need no root, no QEMU and no guest
 	DIARCH_TEST_FAST=1 cargo test --workspace --locked
 
-# Another seed each time, and printed; ROUNDS=500 SEED=7 repeats what was done before.
-chaos: build ## random operations and random deaths, and nothing lost or left after each round (needs root)
-	$(SUDO) $(TARGET)/release/diarch-chaos --rounds $(or $(ROUNDS),2000) $(if $(SEED),--seed $(SEED))
+# Another seed each time, and printed; ROUNDS=500 SEED=7 repeats what was done before. CHAOS=tree has it take place on the tests' Debian, with the virtiofsd,
+# passt and QEMU that are there, and not with this machine's.
+chaos: build $(if $(filter tree,$(CHAOS)),tree) ## random operations and random deaths, and nothing lost or left after each round (needs root)
+	$(SUDO) $(TARGET)/release/diarch-chaos --rounds $(or $(ROUNDS),2000) $(if $(SEED),--seed $(SEED)) $(if $(filter tree,$(CHAOS)),--tree $(TREE)/tree)
 
 bench: build guest tree lab deb ## how long each step of a VM's life takes (needs root)
 	DIARCH_DEB=$(DEB) DIARCH_TREE=$(TREE) DIARCH_LAB=$(LAB) $(SUDO) $(TARGET)/release/diarch-bench --guest $(GUEST)
