@@ -6,9 +6,10 @@
 //! instead of done, and goes into the audit.
 
 use crate::vm::jail::Walls;
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, ResolveFlags, Statx, StatxFlags};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::mem::MaybeUninit;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -17,7 +18,12 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 /// What a stage's root has in it, so that no real directory is taken for one.
 pub const STAGE_MARKER: &str = ".diarch-stage";
 /// A file of sysfs has a page; a list of mounts may be long. More than this is nobody's host.
-const MAX_BYTES: u64 = 64 << 20;
+const MAX_BYTES: usize = 64 << 20;
+/// What is read at one time: more than a file of sysfs has, and the names of a directory of some hundred.
+const CHUNK: usize = 16 << 10;
+
+/// What a link says is shorter (PATH_MAX, linux/limits.h).
+const MAX_LINK: usize = 4096;
 
 /// A way that was disturbed is tried again; on a host where things are mounted all the time it may be disturbed more than once.
 const TRIES: u32 = 100;
@@ -48,8 +54,10 @@ impl Host {
     }
 
     fn at(root: &Path, staged: bool) -> Self {
-        let tree = |name: &str| Tree::at(root.join(name));
-        Self { sysfs: tree("sys"), procfs: tree("proc"), dev: tree("dev"), run: tree("run"), staged, owner: 0, said: None }
+        let tree = |name: &str, maker: Maker| Tree::at(root.join(name), maker);
+        let kernels = if staged { Maker::Anybody } else { Maker::Kernel };
+        let (sysfs, procfs) = (tree("sys", kernels), tree("proc", kernels));
+        Self { sysfs, procfs, dev: tree("dev", Maker::Anybody), run: tree("run", Maker::Anybody), staged, owner: 0, said: None }
     }
 
     /// As [`Host::staged`], for a root that root names: it must say of itself that it is a stage.
@@ -124,10 +132,21 @@ impl Host {
     }
 }
 
+/// Who makes the names and links of a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Maker {
+    /// Its links lead to other places in it, but for those of `/proc/PID` that are a process's own. So what is looked at by its name, and not opened, takes one system
+    /// call and no descriptor.
+    Kernel,
+    /// A stage, or where programs write.
+    Anybody,
+}
+
 /// One of the kernel's trees.
 #[derive(Debug)]
 pub struct Tree {
     path: PathBuf,
+    maker: Maker,
     root: OnceLock<OwnedFd>,
 }
 
@@ -140,8 +159,8 @@ impl Deref for Tree {
 
 impl Tree {
     /// Opened now, if it is there, so that the first look costs no descriptor that later ones don't.
-    fn at(path: impl Into<PathBuf>) -> Self {
-        let tree = Self { path: path.into(), root: OnceLock::new() };
+    fn at(path: impl Into<PathBuf>, maker: Maker) -> Self {
+        let tree = Self { path: path.into(), maker, root: OnceLock::new() };
         let _ = tree.root();
         tree
     }
@@ -173,9 +192,18 @@ impl Tree {
 
     /// A file's content.
     pub fn read(&self, below: &str) -> io::Result<Vec<u8>> {
-        let mut content = Vec::new();
-        File::from(self.open(below, OFlags::RDONLY)?).take(MAX_BYTES).read_to_end(&mut content)?;
-        Ok(content)
+        let file = self.open(below, OFlags::RDONLY)?;
+        let mut content = Vec::with_capacity(CHUNK);
+        loop {
+            content.reserve(CHUNK);
+            match rustix::io::read(&file, rustix::buffer::spare_capacity(&mut content)) {
+                Ok(0) => return Ok(content),
+                Ok(_) if content.len() <= MAX_BYTES => {}
+                Ok(_) => return Err(io::Error::other(format!("{below} is longer than {MAX_BYTES} bytes"))),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// The first `count` bytes of a file: of a device's config space, each further one is a cycle on its bus.
@@ -198,8 +226,11 @@ impl Tree {
 
     /// The names in a directory, in order, each with what it is. (Names that are not UTF-8 are none of the kernel's.)
     pub fn entries(&self, below: &str) -> io::Result<Vec<(String, FileType)>> {
+        let directory = self.open(below, OFlags::RDONLY | OFlags::DIRECTORY)?;
         let mut names = Vec::new();
-        for entry in Dir::read_from(self.open(below, OFlags::RDONLY | OFlags::DIRECTORY)?)? {
+        let mut buffer = Vec::with_capacity(CHUNK);
+        let mut entries = RawDir::new(&directory, buffer.spare_capacity_mut());
+        while let Some(entry) = entries.next() {
             let entry = entry?;
             if let Ok(name) = entry.file_name().to_str()
                 && name != "."
@@ -212,15 +243,43 @@ impl Tree {
         Ok(names)
     }
 
+    /// The links in a directory whose text begins with `/`, each with its name: of a process's descriptors, those that a path leads to.
+    pub fn paths_in(&self, directory: &OwnedFd) -> io::Result<Vec<(String, String)>> {
+        let mut paths = Vec::new();
+        let (mut buffer, mut text) = (Vec::with_capacity(CHUNK), [MaybeUninit::<u8>::uninit(); MAX_LINK]);
+        let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            // One name, and no way: whoever made the directory, it is this directory's.
+            let text = match rustix::fs::readlinkat_raw(directory, entry.file_name(), &mut text) {
+                // No link: `.` and `..`, say.
+                Err(rustix::io::Errno::INVAL) => continue,
+                read => there(read.map_err(io::Error::from))?,
+            };
+            let Some((text, _)) = text else { continue };
+            if let (b'/', Ok(name)) = (text.first().copied().unwrap_or_default(), entry.file_name().to_str()) {
+                paths.push((name.to_owned(), String::from_utf8_lossy(text).into_owned()));
+            }
+        }
+        Ok(paths)
+    }
+
     pub fn names(&self, below: &str) -> io::Result<Vec<String>> {
         Ok(self.entries(below)?.into_iter().map(|(name, _)| name).collect())
     }
 
     /// What a link says. It is not followed.
     pub fn link(&self, below: &str) -> io::Result<String> {
-        let link = self.open(below, OFlags::PATH | OFlags::NOFOLLOW)?;
-        // On a file that is no link: ENOENT (readlinkat(2), for an empty path).
-        Ok(rustix::fs::readlinkat(&link, c"", Vec::new())?.to_string_lossy().into_owned())
+        let text = match self.maker {
+            Maker::Kernel => rustix::fs::readlinkat(self.root()?, below, Vec::new()),
+            Maker::Anybody => rustix::fs::readlinkat(self.open(below, OFlags::PATH | OFlags::NOFOLLOW)?, c"", Vec::new()),
+        };
+        match text {
+            Ok(text) => Ok(text.to_string_lossy().into_owned()),
+            // It is no link. For an empty path that is ENOENT (readlinkat(2)).
+            Err(rustix::io::Errno::INVAL) => Err(io::Error::from_raw_os_error(nix::libc::ENOENT)),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// The last part of what a link says: in sysfs, the name of what it leads to.
@@ -239,14 +298,21 @@ impl Tree {
         }
     }
 
-    /// The type of what is there; nothing is opened by it but the name.
+    /// What is there, a link as a link; nothing is opened by it but the name.
+    pub fn stat(&self, below: &str) -> io::Result<Statx> {
+        let wanted = StatxFlags::TYPE | StatxFlags::UID | StatxFlags::SIZE;
+        Ok(match self.maker {
+            Maker::Kernel => rustix::fs::statx(self.root()?, below, AtFlags::SYMLINK_NOFOLLOW, wanted),
+            Maker::Anybody => rustix::fs::statx(self.open(below, OFlags::PATH | OFlags::NOFOLLOW)?, c"", AtFlags::EMPTY_PATH, wanted),
+        }?)
+    }
+
     pub fn file_type(&self, below: &str) -> io::Result<FileType> {
-        let found = self.open(below, OFlags::PATH | OFlags::NOFOLLOW)?;
-        Ok(FileType::from_raw_mode(rustix::fs::statat(&found, c"", AtFlags::EMPTY_PATH)?.st_mode))
+        Ok(FileType::from_raw_mode(self.stat(below)?.stx_mode.into()))
     }
 
     pub fn exists(&self, below: &str) -> io::Result<bool> {
-        Ok(there(self.open(below, OFlags::PATH | OFlags::NOFOLLOW))?.is_some())
+        Ok(there(self.stat(below))?.is_some())
     }
 }
 

@@ -25,6 +25,7 @@
 //! | `ledger`               | what exists, written down before it does                      |
 //! | `audit`                | who asked for what, and what came of it                       |
 //! | `limiter`, `helper`    | bounds: requests a second; threads that may wait on the kernel |
+//! | `pool`                 | threads that are kept for their next work                      |
 //! | `privilege`, `process` | what the supervisor gives up; processes by pidfd              |
 
 // Unsafe code is where system calls have no safe wrapper, each place by its own `allow`: vm::jail, mount::image, kvm, process, listen, main.
@@ -43,6 +44,7 @@ pub mod listen;
 pub mod mount;
 pub mod net;
 pub mod path;
+pub mod pool;
 pub mod privilege;
 pub mod process;
 pub mod qemu;

@@ -7,7 +7,7 @@
 
 use crate::audit::{Audit, now_ms};
 use crate::grants::Grants;
-use crate::helper::{Helpers, THREADS};
+use crate::helper::Helpers;
 use crate::host::Host;
 use crate::ledger::Ledger;
 use crate::limiter::Limiter;
@@ -105,7 +105,9 @@ pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> 
         limiter: Limiter::new(&grants.limits, Instant::now()).into(),
         kvm: if grants.vms.kvm { KvmVerdict::Probing } else { KvmVerdict::NotGranted }.into(),
         grants,
+        worker_uid: uid,
         ledger,
+        store: mount::store::Store::open().map_err(at("the service manager's socket"))?,
         helpers: Helpers::default(),
         host: Arc::new(host),
         devices,
@@ -123,14 +125,7 @@ pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> 
         sync_wanted: tokio::sync::Notify::new(),
         filter: tokio::sync::Mutex::default(),
     });
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .max_blocking_threads(THREADS)
-        .thread_stack_size(512 * 1024)
-        .thread_name("diarch-helper")
-        .build()
-        .map_err(at("the runtime"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(at("the runtime"))?;
     let ended = tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, findings, inherited.stored, expected, socket));
     // A helper that hangs in the kernel must not keep us from ending.
     runtime.shutdown_background();

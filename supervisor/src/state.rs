@@ -23,7 +23,11 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 /// The whole state. It lives on one thread; no borrow of a `RefCell` is held over an `await`.
 pub struct Supervisor {
     pub grants: Grants,
+    /// The user whom the grants call the worker, as looked up at the start: who is heard is this one.
+    pub worker_uid: u32,
     pub ledger: Ledger,
+    /// Where mounts are kept beyond our end.
+    pub store: crate::mount::store::Store,
     pub helpers: Helpers,
     pub host: Arc<Host>,
     pub devices: Devices,
@@ -211,7 +215,9 @@ mod tests {
             limiter: Limiter::new(&grants.limits, Instant::now()).into(),
             kvm: KvmVerdict::NotGranted.into(),
             grants,
+            worker_uid: 64_000,
             ledger: Ledger::open(directory).unwrap(),
+            store: crate::mount::store::Store::open().unwrap(),
             helpers: Helpers::default(),
             host: Arc::new(Host::real()),
             devices: Devices::open(directory).unwrap(),

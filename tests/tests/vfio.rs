@@ -218,7 +218,16 @@ const REFUSED: &[Case] = &[
         GPU,
         "pipewire (pid 91)",
     ),
-    (Shape::SingleGpu, |s| s.process(92, "qemu", &["/dev/vfio/12"]), GPU, "qemu (pid 92) has /dev/vfio/12 open"),
+    (
+        Shape::SingleGpu,
+        |s| {
+            // The kernel knows the group as vfio's, whatever there is in /dev.
+            std::fs::create_dir_all(s.root().join("sys/class/vfio/12")).unwrap();
+            s.process(92, "qemu", &["/dev/vfio/12"]);
+        },
+        GPU,
+        "qemu (pid 92) has /dev/vfio/12 open",
+    ),
     (Shape::SingleGpu, disk_with_swap, GPU, "to which the host swaps"),
     (Shape::SingleGpu, disk_under_lvm, GPU, "sdx1, which is mounted through dm-3 on /srv"),
     (Shape::SingleGpu, disk_in_a_raid, GPU, "sdx, which is part of md7"),
@@ -644,7 +653,7 @@ fn everywhere(one: impl Fn(u64, u64) -> u64 + Sync) {
         let all: Vec<_> = (1..=STAGES).map(|first| scope.spawn(move || one(first, STAGES))).collect();
         all.into_iter().map(|one| one.join().unwrap()).collect::<Vec<_>>()
     });
-    assert!(counts.iter().all(|count| *count > 100), "{counts:?}: too few for what is done");
+    assert!(counts.iter().all(|count| *count > 60), "{counts:?}: too few for what is done");
 }
 
 #[test]

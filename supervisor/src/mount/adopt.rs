@@ -51,7 +51,7 @@ pub fn adopt(supervisor: &Rc<Supervisor>, passed: Vec<Stored>) {
         }
     }
     for name in passed.keys() {
-        detach::forget(name);
+        detach::forget(supervisor, name);
     }
     let left: Vec<Arc<OwnedFd>> = passed.into_values().map(Arc::new).collect();
     let supervisor = Rc::clone(supervisor);
@@ -64,7 +64,7 @@ async fn again(supervisor: &Rc<Supervisor>, tenancy: Tenancy, mounted: &Mounted)
         return Err(Error::NotFound { what: "its content, which was in memory alone: attach it again and fill it".into() });
     }
     let ask = AttachMount { tenancy, share: mounted.share.clone(), access: mounted.access };
-    let vetted = attach::vet(&supervisor.grants, &supervisor.slots.borrow(), &supervisor.ledger, &ask)?;
+    let vetted = attach::vet(&supervisor.grants, supervisor.worker_uid, &supervisor.slots.borrow(), &supervisor.ledger, &ask)?;
     let row = OPERATIONS.iter().find(|row| row.name == "mount.attach").ok_or_else(|| Error::NotFound { what: "mount.attach in the table".into() })?;
     let host = Arc::clone(&supervisor.host);
     let mount = supervisor.act(row, tenancy.slot, "mount again", move || tree::make(vetted, &host)).await??;

@@ -22,7 +22,7 @@ pub async fn attach(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &
     let slot = ask.tenancy.slot;
     let _lock = supervisor.lock(ask.tenancy).await?;
     supervisor.check_state(row, ask.tenancy)?;
-    let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), &supervisor.ledger, ask)?;
+    let vetted = vet(&supervisor.grants, supervisor.worker_uid, &supervisor.slots.borrow(), &supervisor.ledger, ask)?;
     let kind = vetted.kind();
     if let Some(mount) = supervisor.with(ask.tenancy, |vm| vm.mounts.get(&ask.share).cloned())? {
         let root = supervisor.act(row, slot, "open the mount", move || root(kind, &mount.mount)).await??;
@@ -35,7 +35,7 @@ pub async fn attach(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &
 }
 
 /// Everything that can be refused without a look at the host is refused here.
-pub(super) fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, ledger: &Ledger, ask: &AttachMount) -> Result<Vetted<tree::Order>, Error> {
+pub(super) fn vet(grants: &Grants, worker: u32, slots: &BTreeMap<Slot, Vm>, ledger: &Ledger, ask: &AttachMount) -> Result<Vetted<tree::Order>, Error> {
     let vm = Supervisor::tenant(slots, ask.tenancy)?;
     let grant = format!("mounts.{}", ask.share);
     let Some(granted) = grants.mounts.get(ask.share.as_str()) else {
@@ -67,7 +67,7 @@ pub(super) fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, ledger: &Ledger, 
         share: ask.share.clone(),
         source: granted.source.clone(),
         access: ask.access,
-        worker: grants.worker.user.clone(),
+        worker,
         uid: vm.record.uid,
         directory: ledger.directory(vm.record.slot),
     }))
@@ -94,8 +94,8 @@ fn root(kind: MountKind, mount: &OwnedFd) -> Result<Option<OwnedFd>, Error> {
 }
 
 /// Gives the service manager a copy. Without one, the mount ends with this supervisor.
-pub(super) fn keep(tenancy: Tenancy, share: &ShareName, held: &Held) {
-    if let Err(error) = store::keep(&store::name(tenancy, share, held.generation), &held.mount) {
+pub(super) fn keep(supervisor: &Supervisor, tenancy: Tenancy, share: &ShareName, held: &Held) {
+    if let Err(error) = supervisor.store.keep(&store::name(tenancy, share, held.generation), &held.mount) {
         tracing::warn!(slot = %tenancy.slot, %share, %error, "the service manager does not take the mount: it will end with this supervisor");
     }
 }
@@ -104,13 +104,13 @@ pub(super) fn keep(tenancy: Tenancy, share: &ShareName, held: &Held) {
 pub(super) async fn hold(supervisor: &Rc<Supervisor>, ask: &AttachMount, kind: MountKind, mount: OwnedFd) -> Result<(), Error> {
     let slot = ask.tenancy.slot;
     let held = Held { mount: Arc::new(mount), generation: 0 };
-    keep(ask.tenancy, &ask.share, &held);
+    keep(supervisor, ask.tenancy, &ask.share, &held);
     let mut record = supervisor.with(ask.tenancy, |vm| vm.record.clone())?;
     let mounts = &mut record.resources.mounts;
     mounts.retain(|mounted| mounted.share != ask.share);
     mounts.push(Mounted { share: ask.share.clone(), access: ask.access, kind });
     if let Err(error) = supervisor.record(record) {
-        let _ = store::forget(&store::name(ask.tenancy, &ask.share, held.generation));
+        let _ = supervisor.store.forget(&store::name(ask.tenancy, &ask.share, held.generation));
         let_go(supervisor, vec![held.mount]).await;
         return Err(error);
     }
@@ -153,7 +153,7 @@ mod tests {
     }
     fn judged(mounts: Vec<Mounted>, ask: &AttachMount) -> Result<tree::Order, Error> {
         let dir = tempfile::tempdir().unwrap();
-        vet(&grants(), &slots(mounts), &Ledger::open(dir.path()).unwrap(), ask).map(Vetted::into_inner)
+        vet(&grants(), 64_000, &slots(mounts), &Ledger::open(dir.path()).unwrap(), ask).map(Vetted::into_inner)
     }
     fn mounted(share: &str, access: DiskAccess, kind: MountKind) -> Mounted {
         Mounted { share: ShareName::new(share).unwrap(), access, kind }

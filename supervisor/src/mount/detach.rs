@@ -20,7 +20,7 @@ pub async fn detach(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &
     supervisor.record(record)?;
     let held = supervisor.slots.borrow_mut().get_mut(&slot).and_then(|vm| vm.mounts.remove(&ask.share));
     if let Some(held) = held {
-        forget(&store::name(ask.tenancy, &ask.share, held.generation));
+        forget(supervisor, &store::name(ask.tenancy, &ask.share, held.generation));
         let_go(supervisor, vec![held.mount]).await;
     }
     Ok(MountDetached { existed: true })
@@ -36,8 +36,8 @@ fn vet(slots: &BTreeMap<Slot, Vm>, ask: &DetachMount) -> Result<Vetted<Option<Re
 }
 
 /// The next supervisor does what could not be done here: it lets go of what the ledger does not have.
-pub(crate) fn forget(name: &str) {
-    if let Err(error) = store::forget(name) {
+pub(crate) fn forget(supervisor: &Supervisor, name: &str) {
+    if let Err(error) = supervisor.store.forget(name) {
         tracing::warn!(name, %error, "the service manager can't be told to let go of a mount");
     }
 }
@@ -52,7 +52,7 @@ pub(crate) async fn all(supervisor: &Rc<Supervisor>, slot: Slot) {
         (names, std::mem::take(&mut vm.mounts).into_values().map(|held| held.mount).collect())
     };
     for name in names {
-        forget(&name);
+        forget(supervisor, &name);
     }
     let_go(supervisor, mounts).await;
 }

@@ -59,8 +59,8 @@ pub(crate) async fn copy(supervisor: &Rc<Supervisor>, row: &Operation, tenancy: 
     if let Some(instead) = copied.instead {
         let next = Held { mount: Arc::new(instead), generation: held.generation + 1 };
         // The old one is dead: the new one is kept first, so that there is always one.
-        attach::keep(tenancy, share, &next);
-        detach::forget(&store::name(tenancy, share, held.generation));
+        attach::keep(supervisor, tenancy, share, &next);
+        detach::forget(supervisor, &store::name(tenancy, share, held.generation));
         if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&tenancy.slot) {
             vm.mounts.insert(share.clone(), next);
         }

@@ -25,31 +25,43 @@ pub fn generation(name: &str, tenancy: Tenancy, share: &ShareName) -> Option<u64
     (self::name(tenancy, share, generation) == name).then_some(generation)
 }
 
-/// Has the manager keep a copy. It does not poll it (`FDPOLL=0`): that is for connections, and what epoll makes of a mount is an error.
-pub fn keep(name: &str, mount: &OwnedFd) -> io::Result<()> {
-    send(&format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}\n"), &[mount.as_fd()])
-}
+/// The way to the manager, open from the start on: each mount goes this way twice.
+#[derive(Debug)]
+pub struct Store(Option<(OwnedFd, SocketAddrUnix)>);
 
-/// Has the manager let go of its copy, if it has one.
-pub fn forget(name: &str) -> io::Result<()> {
-    send(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), &[])
-}
-
-fn send(text: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
-    let address = match path.as_bytes().split_first() {
-        Some((b'@', name)) => SocketAddrUnix::new_abstract_name(name)?,
-        _ => SocketAddrUnix::new(path.as_bytes())?,
-    };
-    // Never waited for: a manager that does not read must not hold the loop.
-    let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
-    let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-        return Err(io::Error::other("one descriptor at a time"));
+impl Store {
+    /// The manager that started us, if one did.
+    pub fn open() -> io::Result<Self> {
+        let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(Self(None)) };
+        let address = match path.as_bytes().split_first() {
+            Some((b'@', name)) => SocketAddrUnix::new_abstract_name(name)?,
+            _ => SocketAddrUnix::new(path.as_bytes())?,
+        };
+        // Never waited for: a manager that does not read must not hold the loop. Not connected: a manager that started anew has another socket at this address.
+        let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+        Ok(Self(Some((socket, address))))
     }
-    sendmsg_addr(&socket, &address, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
+
+    /// Has the manager keep a copy. It does not poll it (`FDPOLL=0`): that is for connections, and what epoll makes of a mount is an error.
+    pub fn keep(&self, name: &str, mount: &OwnedFd) -> io::Result<()> {
+        self.send(&format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}\n"), &[mount.as_fd()])
+    }
+
+    /// Has the manager let go of its copy, if it has one.
+    pub fn forget(&self, name: &str) -> io::Result<()> {
+        self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), &[])
+    }
+
+    fn send(&self, text: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let Some((socket, address)) = &self.0 else { return Ok(()) };
+        let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(io::Error::other("one descriptor at a time"));
+        }
+        sendmsg_addr(socket, address, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
 }
 
 #[cfg(test)]

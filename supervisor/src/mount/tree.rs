@@ -1,7 +1,7 @@
 //! The mount itself: made by descriptor, with flags that no request and no grant can take away.
 
 use super::image;
-use crate::grants::{ImageType, Source, User};
+use crate::grants::{ImageType, Source};
 use crate::host::Host;
 use crate::ledger::MountKind;
 use crate::path::{self, Found};
@@ -37,7 +37,7 @@ pub struct Order {
     pub source: Source,
     pub access: DiskAccess,
     /// Who fills a tmpfs.
-    pub worker: User,
+    pub worker: u32,
     /// The VM's user, and its group by the same number.
     pub uid: u32,
     /// Where a rehearsal keeps what would have been a tmpfs.
@@ -81,10 +81,7 @@ pub fn make(order: Vetted<Order>, host: &Host) -> Result<OwnedFd, Error> {
             if rehearsed() { Ok(image) } else { of_image(&image, *kind, host, &grant) }
         }
         Source::Tmpfs { .. } if rehearsed() => stand_in(&order).map_err(|error| Error::io(format!("make {grant}"), &error)),
-        Source::Tmpfs { mib } => {
-            let (worker, _) = order.worker.resolve().map_err(|error| Error::Unsupported { missing: error.to_string() })?;
-            tmpfs(*mib, worker, order.uid, order.access).map_err(|error| Error::io(format!("mount {grant}"), &error))
-        }
+        Source::Tmpfs { mib } => tmpfs(*mib, order.worker, order.uid, order.access).map_err(|error| Error::io(format!("mount {grant}"), &error)),
     }
 }
 

@@ -193,7 +193,7 @@ impl Supervisor {
     async fn who_holds(self: &Rc<Self>, record: &Record) -> Vec<String> {
         let (group, paths) = (record.group, record.functions.iter().map(|taken| taken.path.clone()).collect::<Vec<_>>());
         let look = self.look(move |host| {
-            let found = facts::nodes(host, group, &paths).and_then(|nodes| openers::of(host, &nodes));
+            let found = facts::nodes(host, group, &paths).and_then(|nodes| openers::of(host, &openers::processes(host)?, &nodes));
             found.map_err(|error| Error::io("look who has it open", &error))
         });
         match tokio::time::timeout(LOOK_PATIENCE, look).await {

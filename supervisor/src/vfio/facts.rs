@@ -31,7 +31,7 @@ pub struct Picture {
     pub vfio_driver: bool,
     /// Who has `/dev/vfio/GROUP` open.
     pub holders: Vec<Opener>,
-    /// The text console is drawn on a framebuffer.
+    /// The host started on a display of the group, and the text console is drawn on a framebuffer.
     pub framebuffer_console: bool,
 }
 
@@ -116,24 +116,30 @@ fn gather(host: &Host, group: u32) -> io::Result<Picture> {
         group,
         name: there(sysfs.text(&format!("{at}/name")))?.filter(|name| !name.is_empty()),
         vfio_driver: sysfs.exists(&format!("bus/pci/drivers/{VFIO_DRIVER}"))?,
-        framebuffer_console: framebuffer_console(host)?,
         ..Picture::default()
     };
-    let storage = Storage::look(host)?;
-    let network = Network::look(host)?;
+    let mut around = Around::new(host);
     let mut nodes: Vec<(usize, Node)> = Vec::new();
     for name in sysfs.names(&format!("{at}/devices"))? {
         let Ok(function) = Bdf::new(name.as_str()) else {
             picture.others.push(name);
             continue;
         };
-        let (found, below) = function_at(host, function, &storage, &network)?;
+        let (found, below) = function_at(host, function, &mut around)?;
         nodes.extend(below.into_iter().map(|node| (picture.functions.len(), node)));
+        picture.framebuffer_console |= found.boot_vga && framebuffer_console(host)?;
         picture.functions.push(found);
     }
     let own = Node { name: format!("/dev/vfio/{group}"), number: None };
-    let wanted: Vec<Node> = nodes.iter().map(|(_, node)| node.clone()).chain([own.clone()]).collect();
-    for opener in openers::of(host, &wanted)? {
+    let mut wanted: Vec<Node> = nodes.iter().map(|(_, node)| node.clone()).collect();
+    // Of a group that vfio does not have there is no node, and nobody has it open.
+    if sysfs.exists(&format!("class/vfio/{group}"))? || host.dev().exists(&format!("vfio/{group}"))? {
+        wanted.push(own.clone());
+    }
+    if wanted.is_empty() {
+        return Ok(picture);
+    }
+    for opener in openers::of(host, around.processes()?, &wanted)? {
         if opener.node == own.name {
             picture.holders.push(opener);
         } else if let Some(function) = nodes.iter().find(|(_, node)| node.name == opener.node).and_then(|(at, _)| picture.functions.get_mut(*at)) {
@@ -141,6 +147,44 @@ fn gather(host: &Host, group: u32) -> io::Result<Picture> {
         }
     }
     Ok(picture)
+}
+
+/// What is the same for all functions of a group: read when the first of them needs it, and once.
+struct Around<'a> {
+    host: &'a Host,
+    processes: Option<Vec<u32>>,
+    storage: Option<Storage>,
+    network: Option<Network>,
+}
+
+impl<'a> Around<'a> {
+    fn new(host: &'a Host) -> Self {
+        Self { host, processes: None, storage: None, network: None }
+    }
+
+    fn processes(&mut self) -> io::Result<&[u32]> {
+        let processes = match self.processes.take() {
+            Some(processes) => processes,
+            None => openers::processes(self.host)?,
+        };
+        Ok(self.processes.insert(processes))
+    }
+
+    fn storage(&mut self) -> io::Result<&Storage> {
+        let storage = match self.storage.take() {
+            Some(storage) => storage,
+            None => Storage::look(self.host, self.processes()?)?,
+        };
+        Ok(self.storage.insert(storage))
+    }
+
+    fn network(&mut self) -> io::Result<&Network> {
+        let network = match self.network.take() {
+            Some(network) => network,
+            None => Network::look(self.host)?,
+        };
+        Ok(self.network.insert(network))
+    }
 }
 
 /// The nodes of a group's functions and of the group itself: who hangs on to them is asked again when a driver does not let go.
@@ -155,7 +199,7 @@ pub fn nodes(host: &Host, group: u32, paths: &[String]) -> io::Result<Vec<Node>>
     Ok(nodes)
 }
 
-fn function_at(host: &Host, function: Bdf, storage: &Storage, network: &Network) -> io::Result<(Function, Vec<Node>)> {
+fn function_at(host: &Host, function: Bdf, around: &mut Around<'_>) -> io::Result<(Function, Vec<Node>)> {
     let sysfs = host.sysfs();
     let path = sysfs.resolve(&format!("bus/pci/devices/{function}"))?;
     let at = |name: &str| format!("{path}/{name}");
@@ -186,9 +230,9 @@ fn function_at(host: &Host, function: Bdf, storage: &Storage, network: &Network)
     nodes.extend(nvidia_node(host, &path)?);
     let mut interfaces = Vec::new();
     for name in below.interfaces {
-        interfaces.extend(network.interface(host, name)?);
+        interfaces.extend(around.network()?.interface(host, name)?);
     }
-    let blocks = below.blocks.into_iter().map(|name| storage.block(host, name)).collect::<io::Result<_>>()?;
+    let blocks = below.blocks.into_iter().map(|name| around.storage()?.block(host, name)).collect::<io::Result<_>>()?;
     let found = Function {
         vendor: id("vendor")?,
         device: id("device")?,
@@ -324,12 +368,12 @@ struct Mount {
 }
 
 impl Storage {
-    fn look(host: &Host) -> io::Result<Self> {
+    fn look(host: &Host, processes: &[u32]) -> io::Result<Self> {
         let (sysfs, proc) = (host.sysfs(), host.procfs());
         let mut storage = Storage { zfs: sysfs.exists("module/zfs")?, ..Storage::default() };
         // Not only the host's own view: a container may have mounted what nobody else sees.
         let mut seen = BTreeSet::new();
-        for process in openers::processes(host)? {
+        for process in processes {
             let Some(view) = there(proc.link(&format!("{process}/ns/mnt")))? else { continue };
             if seen.insert(view)
                 && let Some(text) = there(proc.text(&format!("{process}/mountinfo")))?

@@ -27,26 +27,29 @@ pub fn names(groups: impl IntoIterator<Item = u32>) -> Vec<String> {
     names
 }
 
-/// Waits for the node, and for udev to have seen it.
+/// Waits for the node.
 pub fn wait(host: &Host, group: u32, patience: Duration) -> Result<(), Error> {
     let failed = |error: io::Error| Error::io(format!("look at /dev/{}", name(group)), &error);
     let until = Instant::now() + patience;
-    let number = loop {
-        match there(open(host, group)).map_err(failed)? {
-            Some(node) => break rustix::fs::fstat(&node).map_err(|error| failed(error.into()))?.st_rdev,
-            None if Instant::now() >= until => {
-                let ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
-                return Err(Error::Timeout { step: format!("/dev/{} to appear", name(group)), after_ms: ms });
-            }
-            None => std::thread::sleep(AGAIN),
+    while there(open(host, group)).map_err(failed)?.is_none() {
+        if Instant::now() >= until {
+            let ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+            return Err(Error::Timeout { step: format!("/dev/{} to appear", name(group)), after_ms: ms });
         }
-    };
-    if host.is_staged() || !host.run().exists("udev/control").map_err(failed)? {
+        std::thread::sleep(AGAIN);
+    }
+    Ok(())
+}
+
+/// Waits for udev to have seen the node. Most often it has: between a bind and a start there is time.
+fn wait_for_udev(host: &Host, node: &OwnedFd) -> io::Result<()> {
+    if host.is_staged() || !host.run().exists("udev/control")? {
         return Ok(());
     }
+    let number = rustix::fs::fstat(node)?.st_rdev;
     let record = format!("udev/data/c{}:{}", rustix::fs::major(number), rustix::fs::minor(number));
     let until = Instant::now() + UDEV_PATIENCE;
-    while !host.run().exists(&record).map_err(failed)? && Instant::now() < until {
+    while !host.run().exists(&record)? && Instant::now() < until {
         std::thread::sleep(AGAIN);
     }
     Ok(())
@@ -65,9 +68,11 @@ fn path(node: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", node.as_raw_fd())
 }
 
-/// The node's mode, to go back to.
+/// The node's mode, to go back to: what udev made it.
 pub fn mode(host: &Host, group: u32) -> io::Result<u32> {
-    Ok(rustix::fs::fstat(&open(host, group)?)?.st_mode & 0o7777)
+    let node = open(host, group)?;
+    wait_for_udev(host, &node)?;
+    Ok(rustix::fs::fstat(&node)?.st_mode & 0o7777)
 }
 
 /// Lets the user open it, beside its owner.

@@ -6,6 +6,7 @@ use nix::unistd::{Uid, setfsuid};
 use rustix::fs::OFlags;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 
 /// A device node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,26 +31,30 @@ impl fmt::Display for Opener {
     }
 }
 
-/// The numbers of all processes.
+/// The numbers of all processes. (A list of the kernel's whole `/proc` is the dearest of what is read here: it is made once for a look.)
 pub fn processes(host: &Host) -> io::Result<Vec<u32>> {
     Ok(host.procfs().names("")?.iter().filter_map(|name| name.parse().ok()).collect())
 }
 
-/// Everybody who has one of these nodes open, each once for a node. A process that goes away meanwhile has nothing open.
-pub fn of(host: &Host, nodes: &[Node]) -> io::Result<Vec<Opener>> {
+/// Everybody of these who has one of these nodes open, each once for a node. A process that goes away meanwhile has nothing open.
+pub fn of(host: &Host, processes: &[u32], nodes: &[Node]) -> io::Result<Vec<Opener>> {
     let mut openers: Vec<Opener> = Vec::new();
-    for pid in processes(host)? {
-        let Some(_as_its_user) = there(AsUser::of(host, pid))? else { continue };
-        let Some(files) = there(host.procfs().names(&format!("{pid}/fd")))? else { continue };
-        for file in files {
-            let at = format!("{pid}/fd/{file}");
-            let Some(text) = there(host.procfs().link(&at))? else { continue };
-            let Some(node) = found(host, nodes, &at, &text) else { continue };
-            if openers.iter().any(|opener| (opener.pid, &opener.node) == (pid, &node.name)) {
+    for pid in processes {
+        let at = format!("{pid}/fd");
+        let Some(directory) = there(host.procfs().stat(&at))? else { continue };
+        // From Linux 6.2 on the size of this directory is the number of open descriptors: a thread of the kernel's has none.
+        if directory.stx_size == 0 && !host.is_staged() {
+            continue;
+        }
+        let _as_its_user = AsUser::of(directory.stx_uid);
+        let Some(directory) = there(host.procfs().open(&at, OFlags::RDONLY | OFlags::DIRECTORY))? else { continue };
+        for (file, text) in host.procfs().paths_in(&directory)? {
+            let Some(node) = found(host, nodes, &directory, &file, &text) else { continue };
+            if openers.iter().any(|opener| (opener.pid, &opener.node) == (*pid, &node.name)) {
                 continue;
             }
             let name = there(host.procfs().text(&format!("{pid}/comm")))?.unwrap_or_default();
-            openers.push(Opener { node: node.name.clone(), pid, name });
+            openers.push(Opener { node: node.name.clone(), pid: *pid, name });
         }
     }
     Ok(openers)
@@ -62,13 +67,9 @@ struct AsUser {
 }
 
 impl AsUser {
-    fn of(host: &Host, pid: u32) -> io::Result<Self> {
-        let directory = host.procfs().open(&format!("{pid}/fd"), OFlags::PATH | OFlags::DIRECTORY)?;
-        let owner = rustix::fs::fstat(&directory)?.st_uid;
-        if owner == rustix::process::geteuid().as_raw() {
-            return Ok(Self { before: None });
-        }
-        Ok(Self { before: Some(setfsuid(Uid::from_raw(owner))) })
+    fn of(owner: u32) -> Self {
+        let own = owner == rustix::process::geteuid().as_raw();
+        Self { before: (!own).then(|| setfsuid(Uid::from_raw(owner))) }
     }
 }
 
@@ -81,11 +82,7 @@ impl Drop for AsUser {
 }
 
 /// By its name, or by its numbers under whatever name a container gave it.
-fn found<'a>(host: &Host, nodes: &'a [Node], at: &str, text: &str) -> Option<&'a Node> {
-    // Pipes, sockets and the like have no path. A node may have any.
-    if !text.starts_with('/') {
-        return None;
-    }
+fn found<'a>(host: &Host, nodes: &'a [Node], directory: &OwnedFd, file: &str, text: &str) -> Option<&'a Node> {
     if let Some(node) = nodes.iter().find(|node| node.name == text) {
         return Some(node);
     }
@@ -93,7 +90,7 @@ fn found<'a>(host: &Host, nodes: &'a [Node], at: &str, text: &str) -> Option<&'a
         return None;
     }
     // Without asking the file system anew: a file on a mute one must not hold this up. One that was closed meanwhile is nobody's.
-    let stat = rustix::fs::statx(rustix::fs::CWD, host.procfs().join(at), rustix::fs::AtFlags::STATX_DONT_SYNC, rustix::fs::StatxFlags::TYPE).ok()?;
+    let stat = rustix::fs::statx(directory, file, rustix::fs::AtFlags::STATX_DONT_SYNC, rustix::fs::StatxFlags::TYPE).ok()?;
     let number = (stat.stx_rdev_major, stat.stx_rdev_minor);
     nodes.iter().find(|node| node.number == Some(number))
 }

@@ -1,6 +1,7 @@
-//! Threads on which a device's steps run. A driver that does not let go of its device holds whoever asked it to, for ever; so each such thread is its own, there
+//! Threads on which a device's steps run. A driver that does not let go of its device holds whoever asked it to, for ever; so each work has a thread alone, there
 //! are only so many, and none of them is a helper that starts or stops VMs (`helper`).
 
+use crate::pool::Pool;
 use diarch_ipc::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,11 +14,14 @@ const STACK_BYTES: usize = 256 * 1024;
 
 /// The way to these threads.
 #[derive(Debug, Clone)]
-pub struct Threads(Arc<Semaphore>);
+pub struct Threads {
+    places: Arc<Semaphore>,
+    pool: Pool,
+}
 
 impl Default for Threads {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(MOST)))
+        Self { places: Arc::new(Semaphore::new(MOST)), pool: Pool::new("diarch-device", MOST, STACK_BYTES) }
     }
 }
 
@@ -82,16 +86,15 @@ pub struct Stuck {
 impl Threads {
     pub fn run<T: Send + 'static>(&self, work: impl FnOnce(&Progress) -> T + Send + 'static) -> Result<Running<T>, Error> {
         let exhausted = |_| Error::Exhausted { what: "device threads: others hang".into(), limit: MOST as u64, retry_after_ms: None };
-        let place: OwnedSemaphorePermit = Arc::clone(&self.0).try_acquire_owned().map_err(exhausted)?;
-        let (tell, done) = oneshot::channel();
+        let place: OwnedSemaphorePermit = Arc::clone(&self.places).try_acquire_owned().map_err(exhausted)?;
         let progress = Arc::new(Progress::default());
         let shared = Arc::clone(&progress);
-        let thread = std::thread::Builder::new().name("diarch-device".into()).stack_size(STACK_BYTES);
-        let work = move || {
-            let _ = tell.send(work(&shared));
+        let done = self.pool.run(move || {
+            let result = work(&shared);
             drop(place);
-        };
-        thread.spawn(work).map_err(|error| Error::io("make a device thread", &error))?;
+            result
+        });
+        let done = done.map_err(|error| Error::io("make a device thread", &error))?;
         Ok(Running { done, progress })
     }
 }
@@ -172,7 +175,7 @@ mod tests {
             for one in running {
                 one.ended().await.unwrap();
             }
-            while threads.0.available_permits() < MOST {
+            while threads.places.available_permits() < MOST {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             assert_eq!(threads.run(|_| -> u8 { panic!("as a bug would") }).unwrap().ended().await.unwrap_err().kind(), "failed");
