@@ -23,9 +23,11 @@ mod agent;
 pub mod device;
 mod payload;
 mod qemu;
+mod supervised;
 mod turn;
 
 pub use agent::serve;
+pub use supervised::{DIRECTORY, SUPERVISOR};
 pub use turn::Turn;
 
 use crate::machine::{Output, Slot};

@@ -9,6 +9,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A user and its group, by their numbers.
@@ -65,6 +66,8 @@ pub enum Received {
 #[derive(Debug)]
 pub struct Raw {
     socket: OwnedFd,
+    /// For one frame; made once, as measurements speak through this too.
+    buffer: Mutex<Vec<u8>>,
     serial: u64,
     session: u64,
 }
@@ -73,7 +76,7 @@ impl Raw {
     pub fn new(socket: OwnedFd) -> Self {
         let mut session = [0u8; 8];
         let _ = rustix::rand::getrandom(&mut session, rustix::rand::GetRandomFlags::empty());
-        Raw { socket, serial: 0, session: u64::from_ne_bytes(session) }
+        Raw { socket, buffer: Mutex::new(vec![0; MAX_FRAME]), serial: 0, session: u64::from_ne_bytes(session) }
     }
 
     pub fn connect_as(path: &Path, user: User) -> io::Result<Self> {
@@ -116,7 +119,7 @@ impl Raw {
             Ok(_) => {}
             Err(error) => panic!("poll: {error}"),
         }
-        let mut bytes = vec![0; MAX_FRAME];
+        let mut bytes = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut receive = || recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC);

@@ -6,7 +6,7 @@ use super::LONG;
 use diarch_ipc::name::{Bdf, CommandLine, Cpus, MiB, QemuName, Tenancy};
 use diarch_ipc::operation::{Bind, Recover, Request, Spawn, Unbind};
 use diarch_ipc::spec::{Accelerator, Boot, Presence, VmSpec};
-use diarch_tests::lab::{Lab, Turn, device};
+use diarch_tests::lab::{DIRECTORY, Lab, SUPERVISOR, Turn, device};
 use diarch_tests::need;
 use diarch_tests::puppet::{claim, inventory, kill, release, tenancy};
 use serde_json::{Value, json};
@@ -15,11 +15,7 @@ use std::time::{Duration, Instant};
 
 const WAIT: Duration = Duration::from_secs(60);
 const UID_FIRST: u32 = 2_100_000_000;
-/// Below it is what the puppet writes, and links to what a guest boots from.
-const DIRECTORY: &str = "/run/diarch-devices";
 const PUPPET: &str = "setpriv --reuid diarch --regid diarch --clear-groups diarch-puppet - /run/diarch-devices/logs /run/diarch-devices/files";
-const UNITS: &str = "/run/systemd/system";
-const SUPERVISOR: &str = "diarch-supervisor.service";
 /// Everything is granted, the host's own too.
 const GRANTS: &str = "[worker]\nuser = \"diarch\"\n\
     [vms]\nmax = 4\nuid_first = 2100000000\nmemory_mib = 2048\ncpus_each = 1\nkvm = true\n\
@@ -34,22 +30,7 @@ struct Scene {
 impl Scene {
     fn set() -> Self {
         let scene = Self { lab: Lab::turn() };
-        let lab = &scene.lab;
-        let unit = include_str!("../../../units/diarch-supervisor.service");
-        let (before, after) =
-            ("ExecStart=/usr/sbin/diarch-supervisor run\n", format!("ExecStart=/srv/lab/bin/diarch-supervisor run --grants {DIRECTORY}/grants.toml\n"));
-        assert!(unit.contains(before), "the unit has another command now");
-        lab.sh(&format!("modprobe kvm_amd; modprobe vfio-pci; mkdir -p {UNITS} {DIRECTORY}/files"));
-        lab.write(&format!("{UNITS}/{SUPERVISOR}"), &unit.replace(before, &after));
-        lab.write(&format!("{UNITS}/diarch-supervisor.socket"), include_str!("../../../units/diarch-supervisor.socket"));
-        lab.write(&format!("{UNITS}/diarch-vms.slice"), include_str!("../../../units/diarch-vms.slice"));
-        lab.write(&format!("{DIRECTORY}/sysusers.conf"), include_str!("../../../units/diarch.sysusers.conf"));
-        lab.write(&format!("{DIRECTORY}/grants.toml"), GRANTS);
-        lab.sh(&format!(
-            "systemd-sysusers {DIRECTORY}/sysusers.conf; install -d -o diarch {DIRECTORY}/logs; install -d /run/diarch /var/log/diarch
-             ln -sf /srv/guest/vmlinuz {DIRECTORY}/files/kernel; ln -sf /srv/guest/initrd.img {DIRECTORY}/files/initrd
-             systemctl start diarch-supervisor.socket {SUPERVISOR}"
-        ));
+        scene.lab.supervise(GRANTS);
         scene
     }
 
@@ -126,14 +107,7 @@ impl Drop for Scene {
             // For the test of the installed package the units must go; the turn mends the devices.
             eprintln!("{}", self.lab.try_sh("tail -n 5 /run/diarch-devices/logs/* || true").stdout);
         }
-        let gone = self.lab.try_sh(&format!(
-            "systemctl stop diarch-supervisor.socket {SUPERVISOR}
-             rm -rf {UNITS}/diarch-supervisor.* {UNITS}/diarch-vms.slice {DIRECTORY} /run/diarch /var/log/diarch
-             systemctl daemon-reload"
-        ));
-        if !gone.success() {
-            eprintln!("what the scene was made of is not all gone: {gone:?}");
-        }
+        self.lab.end_supervision();
     }
 }
 
@@ -364,39 +338,4 @@ fn a_supervisor_killed_in_a_real_bind_or_release_leaves_the_card_wholly_ours_or_
     eprintln!("killed {} times, {seen} of them while the card was on its way, after which it was ours {ours} times", 2 * LATER_MS.len());
     assert!(seen >= 3, "only {seen} were killed on the way");
     scene.ask(release(tenancy));
-}
-
-// ---- how long ----
-
-/// Prints one line, `vfio_bind`. Ignored, as a busy host's emulator tells little: run it by its name on a quiet one.
-#[test]
-#[ignore = "a measurement"]
-fn a_bind_through_the_supervisor_is_measured_against_one_by_hand() {
-    need!(Lab);
-    let scene = Scene::set();
-    let tenancy = scene.claim("card");
-    let (at, group) = (format!("/sys/bus/pci/devices/{}", device::CARD), scene.lab.group(device::CARD));
-    let by_hand = format!(
-        "from=${{EPOCHREALTIME/./}}
-         echo vfio-pci >{at}/driver_override; echo {bdf} >{at}/driver/unbind; echo {bdf} >/sys/bus/pci/drivers_probe
-         until [ -e /dev/vfio/{group} ]; do sleep 0.001; done
-         echo $(((${{EPOCHREALTIME/./}} - from) / 1000))
-         udevadm settle; echo >{at}/driver_override; echo {bdf} >{at}/driver/unbind; echo {bdf} >/sys/bus/pci/drivers_probe; udevadm settle",
-        bdf = device::CARD
-    );
-    let (mut ours, mut hand) = (Vec::new(), Vec::new());
-    for _ in 0..5 {
-        hand.push(scene.lab.sh(&by_hand).parse::<u64>().expect("a number"));
-        let out = scene.lab.run_with_input(&["/bin/sh", "-c", PUPPET], lines(&[bind(tenancy, device::CARD)]).as_bytes()).expect_success("the puppet");
-        let answer: Value = serde_json::from_str(out.stdout.trim()).expect("JSON");
-        assert!(answer["ok"].is_object(), "{answer}");
-        ours.push(answer["ms"].as_u64().expect("a number"));
-        scene.ask(unbind(tenancy, device::CARD));
-        scene.lab.sh("udevadm settle -t 10");
-    }
-    scene.ask(release(tenancy));
-    ours.sort_unstable();
-    hand.sort_unstable();
-    let (middle, by_hand) = (ours[ours.len() / 2], hand[hand.len() / 2]);
-    eprintln!("vfio_bind: {middle} ms through the supervisor, its worker's connection too ({ours:?}); {by_hand} ms by hand ({hand:?})");
 }

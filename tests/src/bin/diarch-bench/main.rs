@@ -5,6 +5,7 @@
 
 mod booted;
 mod death;
+mod devices;
 mod footprint;
 mod jail;
 mod mounts;
@@ -27,11 +28,13 @@ fn main() -> ExitCode {
         match (arg.as_str(), args.next()) {
             // The other end of the ping-pong; see `rpc`.
             ("--echo", Some(bytes)) => return rpc::echo(bytes.parse().unwrap_or(64)),
+            // The part of `devices` that runs in the lab.
+            ("--bind", Some(ask)) => return devices::inside(&ask),
 
             ("--guest", Some(dir)) => set_guest(&PathBuf::from(dir)),
             ("--only", Some(name)) => only.push(name),
             _ => {
-                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|jail|mounts|net|death|footprint|booted]...");
+                eprintln!("usage: diarch-bench [--guest DIR] [--only rpc|start|jail|mounts|net|devices|death|footprint|booted]...");
                 return ExitCode::from(2);
             }
         }
@@ -41,12 +44,13 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     type Part = (&'static str, fn());
-    let parts: [Part; 8] = [
+    let parts: [Part; 9] = [
         ("rpc", rpc::run),
         ("start", start::run),
         ("jail", jail::run),
         ("mounts", mounts::run),
         ("net", net::run),
+        ("devices", devices::run),
         ("death", death::run),
         ("footprint", footprint::run),
         ("booted", booted::run),
