@@ -8,6 +8,7 @@ use diarch_supervisor::vm::jail::{self, Limits, Network, Plan, Root, Sandbox, So
 use diarch_tests::host::{Host, Session, binary};
 use diarch_tests::need;
 use diarch_tests::wire::{User, as_user, connect};
+use nix::libc;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -418,6 +419,55 @@ fn a_program_that_walls_itself_in_gets_no_user_namespace_and_goes_on() {
     // What it asked for last, with what it thinks are its new rights: its tree is as it was.
     assert!(told["list=/"].contains(&"usr".to_owned()), "{:?}", told["list=/"]);
     end(&pidfd);
+}
+
+/// A child has the C library's locks as they were when it was made. From glibc 2.41 on, whoever starts a program has one until the program runs.
+#[test]
+fn a_jail_is_made_while_another_thread_is_starting_a_program() {
+    need!(Root, Kernel(6, 5));
+    let directory = tempfile::tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    let opened_there = pipe.clone();
+    let starting = std::thread::spawn(move || {
+        tell.send(nix::unistd::gettid()).unwrap();
+        start_after_opening(&opened_there)
+    });
+    let stat = format!("/proc/self/task/{}/stat", told.recv().unwrap());
+    let until = Instant::now() + SOON;
+    // vfork(2)'s wait: it can be killed, and nothing else.
+    while !fs::read_to_string(&stat).unwrap().contains(") D ") {
+        assert!(Instant::now() < until, "it does not wait: {}", fs::read_to_string(&stat).unwrap());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (plan, log) = plan(directory.path(), "", Root::of_a_program());
+    let made = jail::fork(plan).and_then(|gated| gated.open(SOON));
+    File::options().write(true).open(&pipe).unwrap();
+    nix::sys::wait::waitpid(starting.join().unwrap(), None).unwrap();
+    let pidfd = made.unwrap();
+    report(&log);
+    end(&pidfd);
+}
+
+/// posix_spawn(3), whose child opens this file, a pipe, before it becomes the program: it waits until somebody opens the other end.
+fn start_after_opening(path: &Path) -> nix::unistd::Pid {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
+    let (argv, mut pid) = ([c"true".as_ptr().cast_mut(), std::ptr::null_mut()], 0);
+    // SAFETY: an all-zero structure is what posix_spawn_file_actions_init fills.
+    let mut actions: libc::posix_spawn_file_actions_t = unsafe { std::mem::zeroed() };
+    // SAFETY: it is ours, and destroyed below.
+    unsafe { libc::posix_spawn_file_actions_init(&raw mut actions) };
+    // SAFETY: initialised just now; the path lives until the end.
+    unsafe { libc::posix_spawn_file_actions_addopen(&raw mut actions, 0, path.as_ptr(), libc::O_RDONLY, 0) };
+    let (program, none) = (c"/bin/true".as_ptr(), std::ptr::null());
+    // SAFETY: all of it lives until this returns; the environment is empty.
+    let result = unsafe { libc::posix_spawn(&raw mut pid, program, &raw const actions, none, argv.as_ptr(), [std::ptr::null_mut()].as_ptr()) };
+    // SAFETY: initialised above, and used no more.
+    unsafe { libc::posix_spawn_file_actions_destroy(&raw mut actions) };
+    assert_eq!(result, 0, "{}", std::io::Error::from_raw_os_error(result));
+    nix::unistd::Pid::from_raw(pid)
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The child: from the clone to the exec, in system calls alone. Nothing here allocates, takes a lock or returns to the Rust runtime.
+//! The child: from the clone to the exec, in system calls alone. Nothing here allocates, takes a lock or returns to the Rust runtime; and no function of the C
+//! library's does either: what other threads hold of its locks at the moment of the clone is held here for ever.
 
 #![allow(unsafe_code)]
 
@@ -74,6 +75,9 @@ pub(super) const REPORT: usize = 12;
 /// Where the new root is mounted for a moment. The supervisor does not start without it, and nothing looks at it meanwhile.
 const STEPPING_STONE: &CStr = c"/proc";
 
+/// `_NSIG` and the bytes of its set, in the kernel's own numbers (asm/signal.h).
+const SIGNALS_MOST: c_int = 64;
+const SIGNAL_MASK_BYTES: c_long = 8;
 /// linux/keyctl.h.
 const KEYCTL_JOIN_SESSION_KEYRING: c_long = 1;
 // linux/mount.h.
@@ -132,11 +136,12 @@ fn confine(with: &mut Prepared) -> Failed {
 /// Signals: dispositions and mask as a new program expects them. First: until here all are blocked, as the supervisor's own handlers write to descriptors by number,
 /// and these numbers are about to be a disk's.
 fn start_anew(_: &mut Prepared) -> Result<(), Failed> {
-    for signal in 1..=64 {
-        if signal != libc::SIGKILL && signal != libc::SIGSTOP && signal != 32 && signal != 33 {
-            // SAFETY: SIG_DFL is a valid disposition; 32 and 33 are glibc's own.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-        }
+    // rt_sigaction(2) itself, with a structure of handler, flags, restorer and mask: all zero, it is SIG_DFL. glibc's own function takes a lock for SIGABRT (2.41),
+    // and a thread of the parent's that was starting a program at the moment of the clone holds it here for ever.
+    let default = [0u64; 4];
+    let nothing = std::ptr::null::<u64>();
+    for signal in (1..=SIGNALS_MOST).filter(|signal| ![libc::SIGKILL, libc::SIGSTOP].contains(signal)) {
+        check!(SIGNALS, libc::syscall(libc::SYS_rt_sigaction, c_long::from(signal), default.as_ptr(), nothing, SIGNAL_MASK_BYTES));
     }
     // SAFETY: an all-zero sigset_t is an empty set on Linux.
     let empty: libc::sigset_t = unsafe { std::mem::zeroed() };
