@@ -2,8 +2,8 @@
 
 use super::enclosure::Troupe;
 use super::kernel::{self, Process, processes};
-use super::ledger::Ledger;
-use super::plan::{Ask, Cast, Claim, FUNCTIONS, Fault, LASTING, Shares, Step, Succession, Then, Victim, WORDS, label};
+use super::ledger::{Companion, Ledger};
+use super::plan::{Ask, Cast, Claim, FUNCTIONS, Fault, GROUPS, LASTING, Shares, Step, Succession, Then, Victim, WORDS, label};
 use crate::host::{Asked, Host, Qemu, Session, WORKER};
 use crate::stage::Stage;
 use crate::stand_in::{self, Unit};
@@ -27,6 +27,8 @@ const RESTARTS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(3),
 /// For a supervisor that was killed, to serve again.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Half of what a step of a device may take.
+const TRACED_SLOWLY: Duration = Duration::from_secs(super::enclosure::STEP_SECONDS as u64 / 2);
 /// What is hunted is made by then.
 const HUNT: Duration = Duration::from_millis(400);
 /// A kernel that halts at its first instruction, in the host's directory.
@@ -83,6 +85,8 @@ pub struct Actor<'a> {
     mounts: BTreeMap<Tenancy, BTreeSet<ShareName>>,
     stage: &'a Stage,
     troupe: Troupe,
+    /// Since when the supervisor goes in steps.
+    traced: Option<Instant>,
     /// What the kernel does wrong now.
     faults: Vec<Fault>,
     /// Groups to which that was done since all was released: a quarantine of theirs is explained.
@@ -112,6 +116,7 @@ impl<'a> Actor<'a> {
             host,
             stage,
             troupe,
+            traced: None,
             faults: Vec::new(),
             troubled: BTreeSet::new(),
             killed: BTreeSet::new(),
@@ -171,10 +176,16 @@ impl<'a> Actor<'a> {
     fn cut(&mut self, name: usize, ask: Ask, at: u64) {
         let Some(pid) = self.host.manager().unit(Unit::Supervisor).pid else { return self.ask(name, ask, Claim::Own, Then::Wait) };
         let mut answered = false;
+        self.traced = Some(Instant::now());
         let outcome = kill_at_syscall(pid, at, || {
             answered = true;
             self.ask(name, ask, Claim::Own, Then::Wait);
         });
+        if self.is_slow() {
+            // To the supervisor the device was.
+            self.troubled.extend(GROUPS);
+        }
+        self.traced = None;
         match outcome {
             Ok((stepper::Outcome::Killed { .. }, ())) => self.count("supervisor, at a system call"),
             Ok(_) => {}
@@ -182,6 +193,11 @@ impl<'a> Actor<'a> {
             Err(_) if !answered => self.ask(name, ask, Claim::Own, Then::Wait),
             Err(_) => {}
         }
+    }
+
+    /// On a busy machine a process that is traced takes seconds over what takes it milliseconds.
+    fn is_slow(&self) -> bool {
+        self.traced.is_some_and(|since| since.elapsed() > TRACED_SLOWLY)
     }
 
     /// Kills the so many-th process that the supervisor makes for this, whatever it is.
@@ -345,7 +361,8 @@ impl<'a> Actor<'a> {
         match answered {
             Ok((reply, fds)) => self.believe(name, &request, &reply, fds, lasting),
             Err(Error::Superseded) => self.forget(&request),
-            // That a device hangs is said so.
+            // A device that hangs, or seems to.
+            Err(Error::Timeout { .. }) if operation.starts_with("vfio.") && self.is_slow() => {}
             Err(Error::Timeout { .. }) if self.faults.iter().any(|fault| matches!(fault, Fault::Hang { .. })) => {}
             Err(error @ (Error::Timeout { .. } | Error::Exhausted { retry_after_ms: Some(_), .. })) => {
                 self.wrong.push(format!("{operation} of {}: {error}", label(name)))
@@ -523,8 +540,23 @@ impl<'a> Actor<'a> {
         let what = kernel::role(process);
         self.count(what);
         self.killed_nft |= what == kernel::NFT;
+        // A QEMU that starts ends when it can't agree with a virtiofsd; a stub never asks it.
+        if what == kernel::VIRTIOFSD
+            && let Some(tenancy) = self.real_qemu_beside(process)
+        {
+            self.touch(tenancy);
+        }
         self.killed.insert((process.pid.into(), process.start_time));
         kill(process.pid);
+    }
+
+    fn real_qemu_beside(&self, process: &Process) -> Option<Tenancy> {
+        let ledger = Ledger::read(&self.host.inside("run"));
+        let beside = |one: &Companion| (one.pid, one.start_time) == (process.pid.into(), process.start_time);
+        let (slot, record) = ledger.slots.iter().find(|(_, record)| Ledger::companions(record).iter().any(beside))?;
+        let qemu = i32::try_from(Ledger::process(record)?.0).ok()?;
+        let real = !std::fs::read_link(format!("/proc/{qemu}/exe")).is_ok_and(|program| program.ends_with("diarch-stub-qemu"));
+        real.then(|| serde_json::from_value(serde_json::json!({"slot": slot, "claim": record["claim"]})).ok())?
     }
 
     fn count(&mut self, what: &'static str) {

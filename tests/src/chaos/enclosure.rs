@@ -15,7 +15,7 @@ const VIRTIOFSD: &str = "/usr/libexec/virtiofsd";
 const PASST: &str = "/usr/bin/passt";
 /// How long a device may hang until it is quarantined: longer than the second that the supervisor gives a kernel to do what it was told, and no longer than
 /// it must be.
-const STEP_SECONDS: u32 = 2;
+pub const STEP_SECONDS: u32 = 2;
 const STUB_VIRTIOFSD: &str = "/run/virtiofsd";
 /// A bridge that root made, and its address.
 pub const BRIDGE: &str = "br0";

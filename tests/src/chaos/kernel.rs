@@ -181,6 +181,7 @@ pub fn process(pid: i32) -> Option<Process> {
 
 /// What [`role`] calls an nft, and what is about to become one.
 pub const NFT: &str = "nft";
+pub const VIRTIOFSD: &str = "virtiofsd";
 
 /// What a process below the supervisor is.
 pub fn role(process: &Process) -> &'static str {
@@ -190,7 +191,7 @@ pub fn role(process: &Process) -> &'static str {
     if program.contains("qemu") {
         return "QEMU";
     }
-    for name in ["passt", "virtiofsd", NFT] {
+    for name in ["passt", VIRTIOFSD, NFT] {
         if program.contains(name) {
             return name;
         }
