@@ -170,6 +170,16 @@ impl PortRange {
     }
 }
 
+impl std::fmt::Display for PortRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.address {
+            IpAddr::V4(v4) => write!(f, "{v4}:")?,
+            IpAddr::V6(v6) => write!(f, "[{v6}]:")?,
+        }
+        if self.first == self.last { write!(f, "{}", self.first) } else { write!(f, "{}-{}", self.first, self.last) }
+    }
+}
+
 impl<'de> Deserialize<'de> for PortRange {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let text = String::deserialize(from)?;
@@ -289,6 +299,7 @@ impl Grants {
             }
         }
         network::check(&self.network).or_else(|reason| refuse("network", reason))?;
+        self.ports.check().or_else(|reason| refuse("ports.publish", reason))?;
         if !self.nft.path.is_absolute() {
             return refuse("nft.path", format!("{} is not an absolute path", self.nft.path.display()));
         }
@@ -406,6 +417,13 @@ mod tests {
     fn a_plain_file_is_accepted_and_opens_nothing_unsaid() {
         let grants = load(GOOD).unwrap();
         assert!(!grants.vms.kvm && !grants.forwards.egress && grants.forwards.allow.is_empty() && grants.worker.unit.is_none());
+    }
+
+    #[test]
+    fn a_published_loopback_address_is_refused_by_its_name() {
+        load(&format!("{GOOD}[ports]\npublish = [\"0.0.0.0:80\"]\nlisten = [\"127.0.0.1:80\"]\n")).unwrap();
+        let sentence = load(&format!("{GOOD}[ports]\npublish = [\"0.0.0.0:80\", \"127.0.0.1:8000-8099\"]\n")).unwrap_err().to_string();
+        assert!(sentence.starts_with("ports.publish: 127.0.0.1:8000-8099: ") && sentence.contains("forwards.allow"), "{sentence}");
     }
 
     #[test]

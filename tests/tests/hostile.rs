@@ -452,7 +452,7 @@ fn apart(mut builder: Builder) -> Builder {
 
 /// Everything that the examples ask for by name is there, as far as root's word goes.
 const EXAMPLES: &str = "[devices]\nallow = [\"0000:65:00.0\"]\n[network.lan]\nrouted = \"10.77.0.0/20\"\n\
-    [ports]\npublish = [\"127.0.0.1:1024-65535\"]\nlisten = [\"10.77.0.1:443\"]\n\
+    [ports]\npublish = [\"192.0.2.1:1024-65535\"]\nlisten = [\"10.77.0.1:443\"]\n\
     [mounts.models]\ntmpfs_mib = 1\n[sockets.downloader]\npath = \"/run/downloader.sock\"\n";
 
 /// The same request of another VM.

@@ -198,7 +198,8 @@ impl Example for TapOpened {
 }
 impl Example for Publish {
     fn example() -> Self {
-        Publish { tenancy: tenancy(), nic: ok(NicIndex::new(0)), forwards: vec![forward()] }
+        let host_address = IpText(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)));
+        Publish { tenancy: tenancy(), nic: ok(NicIndex::new(0)), forwards: vec![Forward { host_address, ..forward() }] }
     }
 }
 impl Example for Published {

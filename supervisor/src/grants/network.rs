@@ -142,6 +142,19 @@ pub struct Ports {
     pub listen: Vec<PortRange>,
 }
 
+impl Ports {
+    /// Why the published ones are refused, if they are.
+    pub fn check(&self) -> Result<(), String> {
+        match self.publish.iter().find(|range| range.address.to_canonical().is_loopback()) {
+            None => Ok(()),
+            Some(range) => Err(format!(
+                "{range}: the kernel leads no packet for a loopback address into a guest; name an address that the host has towards others, or lead the \
+                 port by user-mode networking (forwards.allow)"
+            )),
+        }
+    }
+}
+
 /// `[nft]`: the program that the packet filter's rules go through.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -222,6 +235,18 @@ mod tests {
         }
         for bad in ["", "br%d", "br/0", "br:0", ".", "..", "abcdefghijklmnop", "br 0", "br\"0", "br0\n", "bré"] {
             assert!(bridge(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_loopback_address_is_not_published_in_any_of_its_forms() {
+        let ports = |list: &str| toml::from_str::<Ports>(&format!("publish = {list}\nlisten = [\"127.0.0.1:80\"]\n")).unwrap();
+        ports("[\"192.0.2.1:80\", \"0.0.0.0:1-65535\", \"[::]:80\", \"[2001:db8::1]:80\"]").check().unwrap();
+        for (bad, named) in
+            [("127.0.0.1:80", "127.0.0.1:80:"), ("127.8.8.8:1-9", "127.8.8.8:1-9:"), ("[::1]:80", "[::1]:80:"), ("[::ffff:127.0.0.1]:80", "[::ffff:")]
+        {
+            let reason = ports(&format!("[\"192.0.2.1:80\", \"{bad}\"]")).check().unwrap_err();
+            assert!(reason.starts_with(named) && reason.contains("forwards.allow"), "{reason}");
         }
     }
 

@@ -87,10 +87,6 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, ask: &Publish) -> Result<Vet
         if !grants.ports.publish.iter().any(|range| range.covers(forward)) {
             return Err(Error::denied("ports.publish", format!("no entry covers {text}")));
         }
-        if host.is_loopback() {
-            let reason = format!("{text}: the packet filter can't lead a loopback address into a guest; a card of user-mode networking can");
-            return Err(Error::invalid("forwards", reason));
-        }
         if host.is_ipv4() != guest.0.is_ipv4() {
             return Err(Error::invalid("forwards", format!("{text}: the guest's address is {guest}, and addresses are not translated between IPv4 and IPv6")));
         }

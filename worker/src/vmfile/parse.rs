@@ -299,6 +299,13 @@ fn network(raw: RawNetwork, problems: &mut Problems<'_>) -> (Egress, Vec<Forward
     } else if !raw.publish.is_empty() {
         problems.add("$.network.publish", "ports are published for a VM with a tap; one without has them in forwards");
     }
+    for (index, publish) in raw.publish.iter().enumerate().filter(|(_, publish)| publish.host_address.0.to_canonical().is_loopback()) {
+        let reason = format!(
+            "{} is a loopback address, and the kernel leads nothing from there into a guest with a tap; name another address of the host",
+            publish.host_address
+        );
+        problems.add(&format!("$.network.publish[{index}].host_address"), reason);
+    }
     let forward = |protocol, host_address, host_port, guest_port| Forward { protocol, host_address, host_port, guest_port };
     let forwards = raw.forwards.iter().map(|f| forward(f.protocol, f.host_address, f.host_port, f.guest_port)).collect();
     let publish = raw.publish.iter().map(|f| forward(f.protocol, f.host_address, f.host_port, f.guest_port)).collect();
@@ -518,6 +525,7 @@ mod tests {
             ("\"10.0.0.5\"", "\"10.0.0.05\"", "$.network.tap.address", "canonical"),
             ("\"host_address\": \"192.0.2.1\", ", "", "$.network.publish[0]", "missing field `host_address`"),
             ("\"host_port\": 443", "\"host_port\": 0", "$.network.publish[0].host_port", "from 1"),
+            ("\"192.0.2.1\"", "\"127.0.0.1\"", "$.network.publish[0].host_address", "is a loopback address"),
             (r#"{"share": "keys", "tag": "keys"}"#, r#"["keys", "keys"]"#, "$.shares[1]", "an object"),
             ("\"tag\": \"keys\"", "\"tag\": \"m\"", "$.shares[1].tag", "twice"),
             ("\"share\": \"keys\"", "\"share\": \"models\"", "$.shares[1].share", "twice"),
