@@ -264,6 +264,13 @@ impl Tree {
         Ok(paths)
     }
 
+    /// How many directories are in a directory, whatever is shown of them: the kernel counts one link for each, and two for itself (kernfs; where a file system counts
+    /// otherwise, 0).
+    pub fn directories(&self, below: &str) -> io::Result<u64> {
+        let links = rustix::fs::fstat(self.open(below, OFlags::RDONLY | OFlags::DIRECTORY)?)?.st_nlink;
+        Ok(links.saturating_sub(2))
+    }
+
     pub fn names(&self, below: &str) -> io::Result<Vec<String>> {
         Ok(self.entries(below)?.into_iter().map(|(name, _)| name).collect())
     }

@@ -349,6 +349,41 @@ fn refused((shape, prepare, function, said): &Case) {
 }
 
 #[test]
+fn a_card_of_which_a_port_is_in_another_network_namespace_is_refused_also_behind_usb() {
+    need!(Root, Network, Kernel(6, 5));
+    // The kernel's own directory of a class stands on the stage: it shows the interfaces of the machine's network, and counts this one's too.
+    diarch_tests::netns::enter();
+    for (shape, function, below) in [(Shape::ManagementNic, "0000:82:00.0", "port2/net"), (Shape::SingleGpu, GPU, "usb1/1-1/1-1:1.0/net")] {
+        let directory = directory();
+        let stage = Stage::set(directory.path(), &[shape]);
+        let place = stage.root().join("sys").join(stage.place(function)).join(below);
+        std::fs::create_dir_all(&place).unwrap();
+        let stage = stage.play();
+        let grants = format!("[devices]\nallow = [{ALL}]\nstep_seconds = 2\n{NO_LIMITS}");
+        for there in [true, false] {
+            let mut builder = Host::builder().without_worker().on_stage(&stage).grants(&grants);
+            let mount = if there { format!("mount --bind /sys/devices/virtual/net {}", place.display()) } else { "sleep 0.2".into() };
+            let script = format!("{mount} && exec \"$0\" \"$@\"");
+            builder.prelude = Some(format!("exec unshare --mount --propagation private /bin/sh -c '{script}' \"$0\" \"$@\""));
+            let host = builder.start();
+            let mut raw = host.raw();
+            let tenancy = claim(&mut raw, "vm");
+            let before = stage.snapshot();
+            match bind(&mut raw, tenancy, function) {
+                Err(error) if there => {
+                    let sentence = error.to_string();
+                    assert!(sentence.contains(&format!("{function} has ")) && sentence.contains("in another network namespace, where"), "{sentence}");
+                    stage.assert_as(&before, below);
+                }
+                Ok(_) if !there => {}
+                other => panic!("{below}, {there}: {other:?}"),
+            }
+            release(&mut raw, tenancy);
+        }
+    }
+}
+
+#[test]
 fn a_group_with_a_member_that_is_not_granted_is_refused_with_its_name() {
     need!(Root, Kernel(6, 5));
     for (shape, allow, function, said) in [

@@ -4,7 +4,7 @@
 //! |--------------------------------------------------------|------------------------------------------------------------|
 //! | a disk that is mounted, swapped to, or part of another | the host, or a container of it, loses its files            |
 //! | an interface that is up, has a default route, is part of a bridge or bond | the host loses its network              |
-//! | a network driver whose interface is nowhere to be seen | it is in another network namespace: somebody uses it there |
+//! | an interface in another network namespace, or a network driver whose interface is nowhere to be seen | somebody uses it there |
 //! | virtual functions that are switched on                 | they go with their parent                                  |
 //! | the console that the host draws on                     | nobody sees the host any more                              |
 //! | a process that has a node of it open                   | its driver would not let go, and whoever waits hangs       |
@@ -64,6 +64,13 @@ fn judge_function(picture: &Picture, function: &Function) -> Result<(), Error> {
     }
     for interface in &function.interfaces {
         judge_interface(function, interface)?;
+    }
+    if function.elsewhere > 0 {
+        return Err(host_has(format!(
+            "{name} has {} in another network namespace, where nothing tells whether it is in use; end the container that has it, or bring it back from \
+             there (`ip link set dev NAME netns 1`)",
+            if function.elsewhere == 1 { "a network interface".to_owned() } else { format!("{} network interfaces", function.elsewhere) }
+        )));
     }
     let network = function.class >> 16 == 0x02;
     let driven = function.driver.as_ref().filter(|driver| *driver != VFIO_DRIVER);
@@ -147,6 +154,7 @@ pub(super) mod tests {
             virtual_function: false,
             blocks: Vec::new(),
             interfaces: Vec::new(),
+            elsewhere: 0,
             openers: Vec::new(),
         }
     }
@@ -197,7 +205,12 @@ pub(super) mod tests {
             ("eth0, which is up", |p| p.functions[0].interfaces.push(Interface { name: "eth0".into(), up: true, ..Interface::default() })),
             ("default route", |p| p.functions[0].interfaces.push(Interface { name: "eth0".into(), default_route: true, ..Interface::default() })),
             ("part of br0", |p| p.functions[0].interfaces.push(Interface { name: "eth0".into(), part_of: Some("br0".into()), ..Interface::default() })),
-            ("another network namespace", |p| (p.functions[1].class, p.functions[1].driver) = (0x02_0000, Some("e1000e".into()))),
+            ("has a network interface in another network namespace", |p| {
+                p.functions[1].interfaces.push(Interface { name: "eth1".into(), ..Interface::default() });
+                p.functions[1].elsewhere = 1;
+            }),
+            ("has 3 network interfaces in another network namespace", |p| p.functions[0].elsewhere = 3),
+            ("it may be in another network namespace", |p| (p.functions[1].class, p.functions[1].driver) = (0x02_0000, Some("e1000e".into()))),
             ("2 virtual functions in use", |p| p.functions[0].virtual_functions = 2),
             ("the display that the host started on", |p| (p.functions[0].boot_vga, p.framebuffer_console, p.functions[0].driver) = (true, true, None)),
             ("gdm (pid 7) has /dev/dri/card0 open", |p| {

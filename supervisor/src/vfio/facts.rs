@@ -56,6 +56,8 @@ pub struct Function {
     pub virtual_function: bool,
     pub blocks: Vec<Block>,
     pub interfaces: Vec<Interface>,
+    /// Network interfaces that are in another network namespace than ours: of them there is nothing to be seen but their number.
+    pub elsewhere: u64,
     pub openers: Vec<Opener>,
 }
 
@@ -232,6 +234,7 @@ fn function_at(host: &Host, function: Bdf, around: &mut Around<'_>) -> io::Resul
     for name in below.interfaces {
         interfaces.extend(around.network()?.interface(host, name)?);
     }
+    let elsewhere = below.elsewhere;
     let blocks = below.blocks.into_iter().map(|name| around.storage()?.block(host, name)).collect::<io::Result<_>>()?;
     let found = Function {
         vendor: id("vendor")?,
@@ -246,6 +249,7 @@ fn function_at(host: &Host, function: Bdf, around: &mut Around<'_>) -> io::Resul
         virtual_function: sysfs.exists(&at("physfn"))?,
         blocks,
         interfaces,
+        elsewhere,
         openers: Vec::new(),
         function,
         path,
@@ -284,6 +288,7 @@ struct Below {
     blocks: Vec<String>,
     interfaces: Vec<String>,
     nodes: Vec<Node>,
+    elsewhere: u64,
     directories: usize,
 }
 
@@ -309,11 +314,30 @@ impl Below {
                 self.nodes.extend(node(host, path)?);
             }
         }
+        // The directory of a class (`net`) shows the interfaces of one network namespace, and counts them all. A device's own directory has a `subsystem`.
+        if depth > 0 && !entries.iter().any(|(name, _)| name == "subsystem") {
+            self.elsewhere += hidden(host, path)?;
+        }
         for (name, _) in entries.iter().filter(|(name, kind)| *kind == FileType::Directory && name != "power" && name != "msi_irqs") {
             self.walk(host, &format!("{path}/{name}"), depth + 1)?;
         }
         Ok(())
     }
+}
+
+/// How many directories of this one are not shown. One may come or go between the list and the count, but not twice.
+fn hidden(host: &Host, path: &str) -> io::Result<u64> {
+    let mut least = u64::MAX;
+    for _ in 0..2 {
+        let Some(entries) = there(host.sysfs().entries(path))? else { return Ok(0) };
+        let shown = entries.iter().filter(|(_, kind)| *kind == FileType::Directory).count() as u64;
+        let Some(all) = there(host.sysfs().directories(path))? else { return Ok(0) };
+        least = least.min(all.saturating_sub(shown));
+        if least == 0 {
+            break;
+        }
+    }
+    Ok(least)
 }
 
 fn node(host: &Host, path: &str) -> io::Result<Option<Node>> {
