@@ -205,10 +205,10 @@ operations! {
         effect: Effect::Grant,
         capability: &["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_ADMIN", "CAP_NET_ADMIN"],
         states: &[SlotState::Claimed, SlotState::Exited],
-        fds_in: &["log", "console", "kernel?", "initrd?", "firmware?", "disk*", "tap*"],
+        fds_in: &["log", "console", "kernel?", "initrd?", "firmware?", "disk*"],
         fds_out: &["pidfd", "qmp"],
         secret_fields: &[],
-        grant: &["qemu", "vms.memory_mib", "vms.cpus_each", "vms.kvm", "forwards.allow", "forwards.egress", "passt", "virtiofsd"],
+        grant: &["qemu", "vms.memory_mib", "vms.cpus_each", "vms.kvm", "forwards.allow", "forwards.egress", "network", "passt", "virtiofsd"],
         reason: "QEMU runs under a user id of its own, which only root can give it; so a VM that escapes finds nothing of another's.",
         deadline_ms: 10_000,
     }
@@ -290,7 +290,7 @@ operations! {
         capability: &["CAP_NET_ADMIN"],
         states: &[SlotState::Claimed, SlotState::Exited],
         fds_in: &[],
-        fds_out: &["tap*"],
+        fds_out: &[],
         secret_fields: &[],
         grant: &["network"],
         reason: "A network interface, its place on a bridge and its routes are made in the host's network namespace.",
@@ -748,7 +748,8 @@ pub struct OpenTap {
     pub queues: Queues,
 }
 
-/// A tap; it goes with the last of its descriptors.
+/// A tap. The supervisor alone holds its queues, until `vm.spawn` moves them into QEMU's jail; it goes with the last of them. One that is gone by then (a supervisor
+/// that died in between, a start that failed) is made anew by `vm.spawn`, as it was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TapOpened {

@@ -88,7 +88,7 @@ pub struct Nic {
 pub enum Backend {
     /// A network of its own that ends in a process on the host (passt, or QEMU's user-mode network): no privilege needed.
     User { egress: Egress, forwards: Vec<Forward> },
-    /// The tap that `tap.open` opened for the card of this number; its queues are fds `tap`.
+    /// The tap that `tap.open` opened for the card of this number. The supervisor has its queues, and nobody else before QEMU.
     Tap { queues: Queues },
 }
 
@@ -98,6 +98,14 @@ impl Nic {
         match &self.backend {
             Backend::User { forwards, .. } => forwards,
             Backend::Tap { .. } => &[],
+        }
+    }
+
+    /// The queues of its tap; 0 where it has none.
+    pub fn queues(&self) -> u16 {
+        match &self.backend {
+            Backend::User { .. } => 0,
+            Backend::Tap { queues } => queues.get(),
         }
     }
 }
@@ -133,8 +141,6 @@ pub struct FdRole {
 pub enum FdKind {
     RegularFile,
     RegularFileOrBlockDevice,
-    /// A queue of a tap that `tap.open` made.
-    Tap,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,11 +176,9 @@ pub const FIRMWARE: FdRole = role("firmware", FdKind::RegularFile, FdAccess::Rea
 pub const DISK_READ_ONLY: FdRole = role("disk", FdKind::RegularFileOrBlockDevice, FdAccess::ReadOnly);
 pub const DISK_READ_WRITE: FdRole = role("disk", FdKind::RegularFileOrBlockDevice, FdAccess::ReadWrite);
 
-pub const TAP: FdRole = role("tap", FdKind::Tap, FdAccess::ReadWrite);
-
 impl VmSpec {
     /// The file descriptors that must come with this specification, in this order:
-    /// log, console, \[kernel\], \[initrd\], \[firmware\], disks, the taps' queues card by card.
+    /// log, console, \[kernel\], \[initrd\], \[firmware\], disks.
     pub fn fds(&self) -> Vec<FdRole> {
         let mut roles = vec![LOG, CONSOLE];
         let firmware = match &self.boot {
@@ -190,11 +194,6 @@ impl VmSpec {
             DiskAccess::ReadOnly => DISK_READ_ONLY,
             DiskAccess::ReadWrite => DISK_READ_WRITE,
         }));
-        for nic in &self.nics {
-            if let Backend::Tap { queues } = &nic.backend {
-                roles.extend((0..queues.get()).map(|_| TAP));
-            }
-        }
         roles
     }
 }

@@ -165,7 +165,7 @@ async fn handle(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call
         Request::VfioBind(ask) => vfio::bind::bind(supervisor, row, &ask).await.map(|reply| (Reply::VfioBind(reply), Vec::new())),
         Request::VfioRelease(ask) => vfio::release::release(supervisor, row, &ask).await.map(|reply| (Reply::VfioRelease(reply), Vec::new())),
         Request::VfioRecover(ask) => vfio::recover::recover(supervisor, row, &ask).await.map(|reply| (Reply::VfioRecover(reply), Vec::new())),
-        Request::TapOpen(ask) => net::tap::open(supervisor, row, &ask).await.map(|(reply, fds)| (Reply::TapOpen(reply), fds)),
+        Request::TapOpen(ask) => net::tap::open(supervisor, row, &ask).await.map(|reply| (Reply::TapOpen(reply), Vec::new())),
         Request::NetPublish(ask) => net::publish::publish(supervisor, row, &ask).await.map(|reply| (Reply::NetPublish(reply), Vec::new())),
         Request::NetWithdraw(ask) => net::publish::withdraw(supervisor, row, &ask).await.map(|reply| (Reply::NetWithdraw(reply), Vec::new())),
         Request::PortListen(ask) => net::port::listen(supervisor, row, &ask).map(|(reply, fds)| (Reply::PortListen(reply), fds)),

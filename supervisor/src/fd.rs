@@ -6,9 +6,6 @@ use diarch_ipc::spec::{FdAccess, FdKind, FdRole};
 use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, statx};
 use std::os::fd::OwnedFd;
 
-/// `/dev/net/tun` (Linux, Documentation/admin-guide/devices.txt).
-const TUN_DEVICE: (u32, u32) = (10, 200);
-
 /// Checks one descriptor against its role. `index` is its place in the frame, for the sentence.
 pub fn interrogate(fd: &OwnedFd, role: FdRole, index: usize) -> Result<(), Error> {
     let field = || format!("fds[{index}] ({})", role.name);
@@ -22,8 +19,6 @@ pub fn interrogate(fd: &OwnedFd, role: FdRole, index: usize) -> Result<(), Error
     let found = FileType::from_raw_mode(stat.stx_mode.into());
     let right_kind = match role.kind {
         FdKind::RegularFile => found == FileType::RegularFile,
-        // Which tap it is, `net::tun` finds out.
-        FdKind::Tap => found == FileType::CharacterDevice && (stat.stx_rdev_major, stat.stx_rdev_minor) == TUN_DEVICE,
         FdKind::RegularFileOrBlockDevice => matches!(found, FileType::RegularFile | FileType::BlockDevice),
     };
     if !right_kind {
@@ -82,7 +77,6 @@ fn role_word(kind: FdKind) -> &'static str {
     match kind {
         FdKind::RegularFile => "regular file",
         FdKind::RegularFileOrBlockDevice => "regular file or block device",
-        FdKind::Tap => "tap of this supervisor",
     }
 }
 
@@ -139,8 +133,6 @@ mod tests {
         assert!(refused(File::open("/").unwrap(), spec::KERNEL).contains("directory"));
         assert!(refused(File::open("/dev/zero").unwrap(), spec::KERNEL).contains("character device"));
         assert!(refused(std::io::pipe().unwrap().0, spec::INITRD).contains("pipe"));
-        let null = OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
-        assert!(refused(null, spec::TAP).contains("a tap of this supervisor is needed"));
         let path = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open("/etc/passwd").unwrap();
         assert!(refused(path, spec::KERNEL).contains("O_PATH"));
     }

@@ -123,7 +123,7 @@ pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> 
         in_flight: std::cell::RefCell::default(),
         sync_scheduled: std::cell::Cell::default(),
         sync_wanted: tokio::sync::Notify::new(),
-        filter: tokio::sync::Mutex::default(),
+        filter: net::Turn::default(),
     });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(at("the runtime"))?;
     let ended = tokio::task::LocalSet::new().block_on(&runtime, serve(supervisor, findings, inherited.stored, expected, socket));
@@ -162,6 +162,7 @@ async fn serve(supervisor: Rc<Supervisor>, findings: Findings, stored: Vec<Store
     // Each on a task of its own: what is awaited here is looked at on every turn of the loop.
     let syncing = Rc::clone(&supervisor);
     tokio::task::spawn_local(async move { syncing.keep_synced().await });
+    tokio::task::spawn_local(net::turn::keep_settled(Rc::clone(&supervisor)));
     tokio::task::spawn_local(feed_watchdog(door, server.heard()));
     let serving = tokio::task::spawn_local(async move { server.serve(&listener).await });
     let ended = tokio::task::spawn_local(async move {

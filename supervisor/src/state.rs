@@ -10,7 +10,7 @@ use crate::qemu::HashCache;
 use crate::session::Sessions;
 use crate::vfio::Devices;
 use diarch_ipc::Error;
-use diarch_ipc::name::{RequestId, ShareName, Slot, Tenancy};
+use diarch_ipc::name::{NicIndex, RequestId, ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{Event, KvmVerdict, Operation, Reply, Request, SlotState};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -48,8 +48,7 @@ pub struct Supervisor {
     pub in_flight: RefCell<HashMap<RequestId, InFlight>>,
     pub sync_scheduled: Cell<bool>,
     pub sync_wanted: tokio::sync::Notify,
-    /// Held from reading the records until the packet filter says the same: two changes never cross.
-    pub filter: tokio::sync::Mutex<()>,
+    pub filter: crate::net::Turn,
 }
 
 /// What a handler gives: the reply with its descriptors, or a refusal. Cheap to clone, since a repeated request gets the same.
@@ -71,6 +70,8 @@ pub struct Vm {
     pub companions: Vec<Rc<OwnedFd>>,
     /// What is mounted for it: gone with the last of its descriptors.
     pub mounts: BTreeMap<ShareName, crate::mount::Held>,
+    /// Its taps that no QEMU has yet: gone with the last of their descriptors.
+    pub taps: BTreeMap<NicIndex, crate::net::Held>,
     /// It ran before this supervisor started.
     pub adopted: bool,
     /// The step that does not end, if one doesn't.
@@ -81,7 +82,16 @@ pub struct Vm {
 
 impl Vm {
     pub fn new(record: Record) -> Self {
-        Self { record, pidfd: None, companions: Vec::new(), mounts: BTreeMap::new(), adopted: false, quarantined: None, lock: std::sync::Arc::default() }
+        Self {
+            record,
+            pidfd: None,
+            companions: Vec::new(),
+            mounts: BTreeMap::new(),
+            taps: BTreeMap::new(),
+            adopted: false,
+            quarantined: None,
+            lock: std::sync::Arc::default(),
+        }
     }
 
     /// The state as others see it.
@@ -233,7 +243,7 @@ mod tests {
             in_flight: RefCell::default(),
             sync_scheduled: Cell::default(),
             sync_wanted: tokio::sync::Notify::new(),
-            filter: tokio::sync::Mutex::default(),
+            filter: crate::net::Turn::default(),
         })
     }
 

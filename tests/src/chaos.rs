@@ -83,8 +83,6 @@ pub struct Summary {
     pub seen: BTreeMap<String, usize>,
     /// The supervisor's starts.
     pub starts: u64,
-    /// How often a restart was needed for the packet filter.
-    pub mended: u64,
     pub took: Duration,
     pub answers: BTreeMap<String, u64>,
 }
@@ -155,7 +153,7 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
         }
     }
     chaos.last_words().map_err(|wrong| chaos.found(settings.from + settings.rounds, Vec::new(), wrong))?;
-    let (answers, kills, mended) = (std::mem::take(&mut chaos.actor.answers), std::mem::take(&mut chaos.actor.kills), chaos.actor.mended);
+    let (answers, kills) = (std::mem::take(&mut chaos.actor.answers), std::mem::take(&mut chaos.actor.kills));
     let done_wrong = std::mem::take(&mut chaos.actor.done_wrong);
     let mut seen = BTreeMap::new();
     chaos.seen.iter().for_each(|(what, _, _)| *seen.entry(what.clone()).or_insert(0) += 1);
@@ -166,7 +164,6 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
         done_wrong,
         seen,
         starts: host.manager().unit(Unit::Supervisor).starts,
-        mended,
         took: started.elapsed(),
         answers,
     })
@@ -236,24 +233,11 @@ impl Chaos<'_> {
         if clear {
             self.actor.release_all().map_err(|wrong| vec![wrong])?;
         }
-        let (started, patience) = (Instant::now(), self.patience);
-        let mut restarted = false;
-        let wrong = until_settled(patience, || {
-            let wrong = self.compare(clear).unwrap_or_else(|wrong| vec![wrong]);
-            // An nft that was killed leaves rules for a tap that is not there, until the next change. The next start is one, and must make them right.
-            let excused = self.actor.killed_nft && !restarted;
-            if excused && started.elapsed() > patience / 4 && !wrong.is_empty() && wrong.iter().all(|sentence| network::is_of_the_filter(sentence)) {
-                restarted = true;
-                self.actor.mended += 1;
-                return self.actor.restart().err().into_iter().chain(wrong).collect();
-            }
-            wrong
-        });
+        // An nft that was killed leaves other rules than the ledger's for a moment: the supervisor makes them right by itself.
+        let wrong = until_settled(self.patience, || self.compare(clear).unwrap_or_else(|wrong| vec![wrong]));
         if !wrong.is_empty() {
             return Err(wrong);
         }
-        // What it left may be a lock alone, which is explained as long as there are slots.
-        self.actor.killed_nft &= !clear && self.host.inside("run/vm/.nft").exists();
         if clear {
             self.actor.troubled.clear();
         }

@@ -8,7 +8,8 @@
 //!   +-----------------------------+        +----------------------+
 //! ```
 //!
-//! A guest is played by the test: it writes raw frames into the tap's descriptor, and reads what comes out.
+//! A guest is played by the test: it writes raw frames into the tap's descriptor, and reads what comes out. (The supervisor gives that to nobody but QEMU. A test is
+//! root, and takes a copy.)
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
@@ -210,6 +211,17 @@ impl Guest {
 
 /// `TUNSETPERSIST`, `_IOW('T', 203, int)` (linux/if_tun.h).
 const TUNSETPERSIST: u64 = 0x4004_54cb;
+
+/// Copies of the queues of this tap that a process holds, in their order; none where it holds none.
+pub fn queues(pid: i32, name: &str) -> Vec<OwnedFd> {
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    let pidfd = pidfd_open(Pid::from_raw(pid).expect("a process"), PidfdFlags::empty()).expect("pidfd_open");
+    let infos = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+    let own = |info: &std::fs::DirEntry| std::fs::read_to_string(info.path()).is_ok_and(|text| text.lines().any(|line| line == format!("iff:\t{name}")));
+    let mut numbers: Vec<i32> = infos.filter(own).filter_map(|info| info.file_name().to_str()?.parse().ok()).collect();
+    numbers.sort_unstable();
+    numbers.into_iter().map(|number| pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).expect("pidfd_getfd")).collect()
+}
 
 /// A tap of this name in the calling thread's network, made by hand.
 pub fn create_tap(name: &str) -> OwnedFd {

@@ -5,7 +5,7 @@ use diarch_ipc::Error;
 use diarch_ipc::frame::{Call, ClientFrame, Hello, MAX_FDS, Outcome, ServerFrame};
 use diarch_ipc::name::{Bdf, CommandLine, Label, Mac, QemuName, Queues, RequestId, ShareName, Slot, Tag, Tenancy};
 use diarch_ipc::operation::{Claim, Effect, Inventory, Release, Reply, Request, Signal, SignalKind, SlotState, Spawn};
-use diarch_ipc::spec::{Backend, Boot, Disk, DiskAccess, DiskFormat, FdAccess, FdKind, FdRole, Nic, Presence, Share, VmSpec};
+use diarch_ipc::spec::{Backend, Boot, Disk, DiskAccess, DiskFormat, FdAccess, FdRole, Nic, Presence, Share, VmSpec};
 use diarch_tests::host::{Builder, Host, STRANGER, WORKER, assert_same, descriptors, rss_kib};
 use diarch_tests::need;
 use diarch_tests::stage::{self, Shape, Stage};
@@ -468,13 +468,11 @@ fn descriptors_for(host: &Host, request: &Request) -> Vec<OwnedFd> {
     let right = |role: &FdRole| -> OwnedFd {
         let path = host.path("files").join(format!("right-{}", role.name));
         let mut options = std::fs::File::options();
-        match (role.kind, role.access) {
-            (FdKind::Tap, _) => options.read(true).write(true),
-            (_, FdAccess::Append) => options.append(true).create(true),
-            (_, FdAccess::ReadOnly) => return std::fs::File::open(host.path("files/kernel")).unwrap().into(),
-            (_, FdAccess::ReadWrite) => options.read(true).write(true).create(true),
+        match role.access {
+            FdAccess::Append => options.append(true).create(true),
+            FdAccess::ReadOnly => return std::fs::File::open(host.path("files/kernel")).unwrap().into(),
+            FdAccess::ReadWrite => options.read(true).write(true).create(true),
         };
-        let path = if role.kind == FdKind::Tap { "/dev/net/tun".into() } else { path };
         options.open(path).unwrap().into()
     };
     request.fds_in().iter().map(right).collect()
@@ -678,8 +676,7 @@ fn every_place_for_a_descriptor_refuses_every_other_kind() {
     let (plain, _) = host.spec("");
     let disk = |access| Disk { format: DiskFormat::Raw, access };
     let boot = Boot::Kernel { command_line: CommandLine::new("").unwrap(), initrd: Presence::Given, firmware: Presence::Given };
-    let nic = Nic { mac: Mac::new("52:54:00:00:00:01").unwrap(), backend: Backend::Tap { queues: Queues::new(1).unwrap() } };
-    let spec = VmSpec { boot, disks: vec![disk(DiskAccess::ReadOnly), disk(DiskAccess::ReadWrite)], nics: vec![nic], ..plain };
+    let spec = VmSpec { boot, disks: vec![disk(DiskAccess::ReadOnly), disk(DiskAccess::ReadWrite)], ..plain };
     let request = Request::VmSpawn(Spawn { tenancy, spec });
     let roles = request.fds_in();
     let named: std::collections::BTreeSet<&str> = roles.iter().map(|role| role.name).collect();
@@ -698,7 +695,7 @@ fn every_place_for_a_descriptor_refuses_every_other_kind() {
         ("a device node", opened(std::path::Path::new("/dev/null"), OFlags::RDWR)),
         ("an eventfd", rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap()),
         ("a file of /proc", opened(std::path::Path::new("/proc/self/status"), OFlags::RDONLY)),
-        ("a tap that nobody opened", opened(std::path::Path::new("/dev/net/tun"), OFlags::RDWR)),
+        ("a tap's device node", opened(std::path::Path::new("/dev/net/tun"), OFlags::RDWR)),
     ];
     for place in 0..roles.len() {
         for (what, fd) in &wrong {

@@ -2,7 +2,7 @@
 
 use diarch_ipc::Error;
 use diarch_ipc::name::{CommandLine, Forward, IpText, Mac, MiB, NetworkName, NicIndex, Port, Protocol, Queues, Tenancy};
-use diarch_ipc::operation::{Listen, OpenTap, Publish, Reply, Request, Spawn, TapOpened, Withdraw};
+use diarch_ipc::operation::{Listen, OpenTap, Publish, Reply, Request, SlotState, Spawn, TapOpened, Withdraw};
 use diarch_ipc::spec::{Backend, Boot, Egress, Nic, Presence, VmSpec};
 use diarch_tests::host::{Host, Session, assert_same, descriptors};
 use diarch_tests::need;
@@ -63,17 +63,26 @@ fn tap_request(tenancy: Tenancy, network: &str, number: u8) -> OpenTap {
     OpenTap { tenancy, nic: nic(0), network: NetworkName::new(network).unwrap(), mac: mac(number), address: None, queues: Queues::new(1).unwrap() }
 }
 
-fn open(session: &Session, ask: OpenTap) -> Result<(TapOpened, Vec<OwnedFd>), Error> {
+fn ask_for(session: &Session, ask: OpenTap) -> Result<TapOpened, Error> {
     match session.ask(Request::TapOpen(ask), Vec::new())? {
-        (Reply::TapOpen(opened), fds) => Ok((opened, fds)),
+        (Reply::TapOpen(opened), fds) if fds.is_empty() => Ok(opened),
         other => panic!("tap.open: {other:?}"),
     }
 }
 
+/// As the worker asks; and copies of the queues, which nobody but root can take from the supervisor.
+fn open(host: &Host, session: &Session, ask: OpenTap) -> Result<(TapOpened, Vec<OwnedFd>), Error> {
+    let queues = usize::from(ask.queues.get());
+    let opened = ask_for(session, ask)?;
+    let fds = netns::queues(host.supervisor_pid(), &opened.name);
+    assert_eq!(fds.len(), queues, "{opened:?}");
+    Ok((opened, fds))
+}
+
 /// A claimed slot with a tap, and the guest behind it; on a bridge it has this address.
-fn guest(session: &Session, network: &str, number: u8, address: Option<Ipv4Addr>) -> (Tenancy, Guest) {
+fn guest(host: &Host, session: &Session, network: &str, number: u8, address: Option<Ipv4Addr>) -> (Tenancy, Guest) {
     let tenancy = session.claim(&format!("vm{number}")).tenancy;
-    let (opened, mut fds) = open(session, OpenTap { address: address.map(text), ..tap_request(tenancy, network, number) }).unwrap();
+    let (opened, mut fds) = open(host, session, OpenTap { address: address.map(text), ..tap_request(tenancy, network, number) }).unwrap();
     assert_eq!((opened.name, fds.len()), (format!("dvm{}n0", tenancy.slot), 1));
     let given = opened.address.map(|address| match address.0 {
         std::net::IpAddr::V4(v4) => v4,
@@ -91,6 +100,14 @@ fn publish(session: &Session, tenancy: Tenancy, forwards: &[Forward]) -> Result<
     session.ask(Request::NetPublish(Publish { tenancy, nic: nic(0), forwards: forwards.to_vec() }), Vec::new()).map(drop)
 }
 
+fn eventually(what: &str, done: impl Fn() -> bool) {
+    let until = Instant::now() + 2 * SOON;
+    while !done() {
+        assert!(Instant::now() < until, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// All of the packet filter, without what counts.
 fn ruleset() -> serde_json::Value {
     serde_json::from_str(&run("nft", &["-j", "list", "ruleset"])).unwrap()
@@ -106,7 +123,7 @@ fn a_routed_guest_reaches_its_gateway_and_the_world_and_nothing_else() {
     let (host, world) = host();
     let before = host.inventory();
     let session = host.session();
-    let (tenancy, guest) = guest(&session, "p2p", 1, None);
+    let (tenancy, guest) = guest(&host, &session, "p2p", 1, None);
     assert_eq!(guest.address, Ipv4Addr::new(10, 77, 0, 2 + 4 * u8::try_from(tenancy.slot.get()).unwrap()));
     let gateway = guest.resolve(GATEWAY, SOON).expect("the gateway answers");
     assert!(guest.ping(gateway, GATEWAY, SOON));
@@ -152,7 +169,7 @@ fn a_guest_that_sends_under_another_address_is_not_heard() {
     need!(Root, Network, Kernel(6, 5));
     let (host, world) = host();
     let session = host.session();
-    let (_, guest) = guest(&session, "p2p", 1, None);
+    let (_, guest) = guest(&host, &session, "p2p", 1, None);
     let gateway = guest.resolve(GATEWAY, SOON).unwrap();
     let other = [0x52, 0x54, 0, 0, 0, 0x99];
     let neighbour = Ipv4Addr::new(10, 77, 0, 99);
@@ -196,10 +213,10 @@ fn guests_reach_each_other_the_host_and_the_metadata_exactly_where_it_is_granted
     need!(Root, Network, Kernel(6, 5));
     let (host, world) = host();
     let session = host.session();
-    let (_, closed) = guest(&session, "p2p", 1, None);
-    let (_, closed_too) = guest(&session, "p2p", 2, None);
-    let (_, open_one) = guest(&session, "open", 3, None);
-    let (_, open_two) = guest(&session, "open", 4, None);
+    let (_, closed) = guest(&host, &session, "p2p", 1, None);
+    let (_, closed_too) = guest(&host, &session, "p2p", 2, None);
+    let (_, open_one) = guest(&host, &session, "open", 3, None);
+    let (_, open_two) = guest(&host, &session, "open", 4, None);
     let passes = |from: &Guest, gateway: Ipv4Addr, to: &Guest| {
         let gateway = from.resolve(gateway, SOON).unwrap();
         from.udp(gateway, (to.address, 80), b"between guests");
@@ -235,9 +252,9 @@ fn a_bridged_guest_is_held_to_its_addresses_and_gives_none_to_others() {
     ip("link set port master br0");
     lan.inside(|| ip("address add 10.9.0.2/24 dev far"));
     let session = host.session();
-    let (_, bound) = guest(&session, "lan", 1, Some(Ipv4Addr::new(10, 9, 0, 11)));
-    let (_, free) = guest(&session, "lan", 2, None);
-    let (_, trusted) = guest(&session, "trusted", 3, Some(Ipv4Addr::new(10, 9, 0, 13)));
+    let (_, bound) = guest(&host, &session, "lan", 1, Some(Ipv4Addr::new(10, 9, 0, 11)));
+    let (_, free) = guest(&host, &session, "lan", 2, None);
+    let (_, trusted) = guest(&host, &session, "trusted", 3, Some(Ipv4Addr::new(10, 9, 0, 13)));
     assert!(ip("-o link show dvm0n0").contains("master br0"));
 
     // On the wire, as anybody.
@@ -297,7 +314,7 @@ fn an_ipv6_guest_has_its_address_and_the_one_its_mac_gives_and_no_other() {
     ip("link set port master br0");
     let session = host.session();
     let tenancy = session.claim("six").tenancy;
-    let (_, mut fds) = open(&session, OpenTap { address: Some(text("2001:db8::7")), ..tap_request(tenancy, "lan", 1) }).unwrap();
+    let (_, mut fds) = open(&host, &session, OpenTap { address: Some(text("2001:db8::7")), ..tap_request(tenancy, "lan", 1) }).unwrap();
     let guest = Guest { tap: fds.remove(0), mac: [0x52, 0x54, 0, 0, 0, 1], address: Ipv4Addr::new(10, 9, 0, 11) };
     let ear = lan.ear();
     let sent = |from: std::net::Ipv6Addr, body: &[u8], mark: &[u8]| {
@@ -325,8 +342,8 @@ fn a_published_port_leads_to_its_guest_from_outside_and_from_the_host_until_it_i
     need!(Root, Network, Kernel(6, 5));
     let (host, world) = host();
     let session = host.session();
-    let (tenancy, guest) = guest(&session, "p2p", 1, None);
-    let (rival, _rivals) = self::guest(&session, "p2p", 2, None);
+    let (tenancy, guest) = guest(&host, &session, "p2p", 1, None);
+    let (rival, _rivals) = self::guest(&host, &session, "p2p", 2, None);
     let udp_port = forward(Protocol::Udp, HERE, 8053, 53);
     publish(&session, tenancy, &[udp_port, forward(Protocol::Udp, Ipv4Addr::UNSPECIFIED, 9000, 90)]).unwrap();
 
@@ -379,9 +396,10 @@ fn a_guest_whose_tap_is_gone_is_not_looked_for_elsewhere() {
     let (host, world) = host();
     ip("route add default via 192.0.2.2");
     let session = host.session();
-    let (tenancy, guest) = guest(&session, "p2p", 1, None);
-    let (_, _other) = self::guest(&session, "p2p", 2, None);
+    let (tenancy, guest) = guest(&host, &session, "p2p", 1, None);
+    let (_, _other) = self::guest(&host, &session, "p2p", 2, None);
     publish(&session, tenancy, &[forward(Protocol::Udp, HERE, 8053, 53)]).unwrap();
+    ip("link del dvm0n0");
     drop(guest);
     let ear = world.ear();
     for socket in [world.inside(|| UdpSocket::bind((THERE, 0)).unwrap()), UdpSocket::bind("0.0.0.0:0").unwrap()] {
@@ -404,24 +422,19 @@ fn two_hundred_taps_come_and_go_and_leave_nothing() {
     let started = Instant::now();
     let mut held = Vec::new();
     for number in 0..200u8 {
-        held.push(guest(&session, "p2p", number, None));
+        held.push(guest(&host, &session, "p2p", number, None));
     }
     eprintln!("200 taps opened in {:?}", started.elapsed());
     assert_eq!(ip("-o link").lines().filter(|line| line.contains("dvm")).count(), 200);
-    // The last answer's copy goes a moment after it was sent.
-    let holds = || descriptors(host.supervisor_pid()).keys().any(|name| name.contains("tun"));
-    let until = Instant::now() + SOON;
-    while holds() && Instant::now() < until {
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    assert!(!holds(), "{:?}", descriptors(host.supervisor_pid()));
+    assert_eq!(descriptors(host.supervisor_pid()).get("/dev/net/tun"), Some(&200));
     // One of many still has its own rules.
     let (_, last) = held.last().unwrap();
     assert!(last.resolve(GATEWAY, SOON).is_some());
-    // Half of them go by their release, half by their last descriptor.
+    // Half of them go by their release, half by somebody's hand.
     for (number, (tenancy, guest)) in held.into_iter().enumerate() {
+        drop(guest);
         if number % 2 == 0 {
-            drop(guest);
+            ip(&format!("link del dvm{}n0", tenancy.slot));
         }
         session.release(tenancy);
     }
@@ -455,7 +468,7 @@ fn somebody_elses_tables_are_byte_for_byte_as_they_were() {
     let before = (whole(), each());
     assert!(before.0.contains("mine") && before.0.contains("192.0.2.9"));
     let session = host.session();
-    let (tenancy, guest) = guest(&session, "p2p", 1, None);
+    let (tenancy, guest) = guest(&host, &session, "p2p", 1, None);
     publish(&session, tenancy, &[forward(Protocol::Tcp, HERE, 8080, 80)]).unwrap();
     assert!(tables().contains(&"table netdev diarch".into()) && tables().contains(&"table inet diarch".into()));
     assert_eq!(each(), before.1);
@@ -474,18 +487,18 @@ fn an_interface_of_the_taps_name_that_is_somebody_elses_is_not_touched() {
     for kind in ["link add dvm0n0 type bridge", "tuntap add dvm0n0 mode tap"] {
         ip(kind);
         let link = ip("-d -o link show dvm0n0");
-        let error = open(&session, tap_request(tenancy, "lan", 1)).unwrap_err();
+        let error = open(&host, &session, tap_request(tenancy, "lan", 1)).unwrap_err();
         assert!(matches!(&error, Error::Conflict { holder, .. } if holder == "the interface dvm0n0"), "{error}");
         assert_eq!(ip("-d -o link show dvm0n0"), link);
         ip("link del dvm0n0");
     }
     // Nothing of it is in the ledger, and with the name free it works.
     assert!(host.ledger()["0"]["resources"]["taps"].as_array().unwrap().is_empty());
-    drop(open(&session, tap_request(tenancy, "lan", 1)).unwrap());
+    drop(open(&host, &session, tap_request(tenancy, "lan", 1)).unwrap());
     session.release(tenancy);
     assert_eq!(host.ledger(), before);
     let tenancy = session.claim("b").tenancy;
-    let error = open(&session, tap_request(tenancy, "wire", 1)).unwrap_err();
+    let error = open(&host, &session, tap_request(tenancy, "wire", 1)).unwrap_err();
     assert!(matches!(&error, Error::Denied { grant, .. } if grant == "network.wire.bridge"), "{error}");
 }
 
@@ -494,8 +507,8 @@ fn asked_again_a_tap_is_made_anew_and_the_old_descriptor_is_dead() {
     need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let session = host.session();
-    let (tenancy, old) = guest(&session, "p2p", 1, None);
-    let (_, mut fds) = open(&session, tap_request(tenancy, "p2p", 1)).unwrap();
+    let (tenancy, old) = guest(&host, &session, "p2p", 1, None);
+    let (_, mut fds) = open(&host, &session, tap_request(tenancy, "p2p", 1)).unwrap();
     let new = Guest { tap: fds.remove(0), ..old };
     assert!(new.resolve(GATEWAY, SOON).is_some());
     // Made persistent by whoever holds it, it goes with the slot all the same.
@@ -506,41 +519,161 @@ fn asked_again_a_tap_is_made_anew_and_the_old_descriptor_is_dead() {
     assert!(!ip("-o link").contains("dvm0n0"));
 }
 
+/// Starts the VM with its tap.
+fn start(host: &Host, session: &Session, tenancy: Tenancy, number: u8, queues: u64, words: &str) -> Result<i32, Error> {
+    let (mut spec, fds) = host.spec(words);
+    spec.nics = vec![Nic { mac: mac(number), backend: Backend::Tap { queues: Queues::new(queues).unwrap() } }];
+    match session.ask(Request::VmSpawn(Spawn { tenancy, spec }), fds)? {
+        (Reply::VmSpawn(spawned), _) => Ok(spawned.pid.cast_signed()),
+        other => panic!("vm.spawn: {other:?}"),
+    }
+}
+
+fn end(pid: i32) {
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL).unwrap();
+}
+
 #[test]
-fn another_vms_tap_or_none_is_not_taken_for_the_vms_own() {
+fn nobody_but_its_qemu_gets_a_taps_queues_and_the_tap_is_as_long_as_that() {
     need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
+    let before = host.inventory();
     let session = host.session();
-    let (_other, others) = guest(&session, "p2p", 1, None);
-    let (tenancy, own) = guest(&session, "p2p", 2, None);
-    let spawn = |tap: OwnedFd, number: u8, queues: u64| {
-        let (mut spec, mut fds) = host.spec("");
-        spec.nics = vec![Nic { mac: mac(number), backend: Backend::Tap { queues: Queues::new(queues).unwrap() } }];
-        for _ in 1..queues {
-            fds.push(tap.try_clone().unwrap());
-        }
-        fds.push(tap);
-        session.ask(Request::VmSpawn(Spawn { tenancy, spec }), fds).map(drop)
-    };
-    let file = |path: &str| OwnedFd::from(std::fs::File::options().read(true).write(true).open(path).unwrap());
-    let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
-    for (fd, number, queues, word) in [
-        (copy(&others.tap), 2, 1, "another tap"),
-        (file("/dev/null"), 2, 1, "tap of this supervisor"),
-        (netns::open_tun(), 2, 1, "belongs to no tap"),
-        (copy(&own.tap), 3, 1, "its tap was opened for"),
-        (copy(&own.tap), 2, 2, "2 queues"),
-    ] {
-        let error = spawn(fd, number, queues).unwrap_err();
+    let tenancy = session.claim("web").tenancy;
+    let two = || OpenTap { queues: Queues::new(2).unwrap(), ..tap_request(tenancy, "lan", 1) };
+    // `ask_for` sees that no descriptor comes with the answer.
+    ask_for(&session, two()).unwrap();
+    let held = |pid: i32| netns::queues(pid, "dvm0n0").len();
+    assert_eq!(held(host.supervisor_pid()), 2);
+    for (number, queues, word) in [(2, 2, "its tap was opened for"), (1, 1, "its tap was opened with 2")] {
+        let error = start(&host, &session, tenancy, number, queues, "").unwrap_err();
         assert!(matches!(&error, Error::Invalid { .. }) && error.to_string().contains(word), "{word}: {error}");
     }
-    // One of the same name, from a network that somebody made for it.
-    let elsewhere = World::joined("else");
-    let fake = elsewhere.inside(|| netns::create_tap("dvm1n0"));
-    let error = spawn(fake, 2, 1).unwrap_err();
-    assert!(error.to_string().contains("another network namespace"), "{error}");
-    spawn(copy(&own.tap), 2, 1).unwrap();
+    assert_eq!(held(host.supervisor_pid()), 2, "a refused start takes nothing");
+    // A tap of another card, with a start that does not have it, is not left behind.
+    ask_for(&session, OpenTap { nic: nic(1), ..tap_request(tenancy, "lan", 7) }).unwrap();
+    assert!(ip("-o link").contains("dvm0n1"));
+    let qemu = start(&host, &session, tenancy, 1, 2, "").unwrap();
+    assert_eq!((held(qemu), held(host.supervisor_pid())), (2, 0));
+    assert!(ip("-o link show dvm0n0").contains("master br0"));
+    assert!(!ip("-o link").contains("dvm0n1"));
+    end(qemu);
+    eventually("the tap is gone with its QEMU", || !ip("-o link").contains("dvm0n0"));
+    eventually("its end is known", || session.record(tenancy).is_some_and(|record| record.state == SlotState::Exited));
+    // Another start of the VM makes it anew, as it was; and with one that comes to nothing it is gone.
+    let error = start(&host, &session, tenancy, 1, 2, "stub.exit=0").map(end).err();
+    eventually("and goes again", || !ip("-o link").contains("dvm0n0") && session.record(tenancy).is_some_and(|record| record.pid.is_none()));
+    let qemu = start(&host, &session, tenancy, 1, 2, "").unwrap_or_else(|late| panic!("{error:?}, {late}"));
+    assert_eq!((held(qemu), held(host.supervisor_pid())), (2, 0));
     session.release(tenancy);
+    drop(session);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_tap_that_is_gone_or_was_changed_before_its_start_is_made_anew_as_it_was() {
+    need!(Root, Network, Kernel(6, 5));
+    let (host, _world) = host();
+    let before = host.inventory();
+    let session = host.session();
+    let tenancy = session.claim("web").tenancy;
+    for what in ["the supervisor died", "removed", "taken from its bridge", "another bridge of that name", "nothing"] {
+        let opened = ask_for(&session, tap_request(tenancy, "lan", 1)).unwrap();
+        let index = || ip("-o link show dvm0n0").split(':').next().unwrap_or_default().to_owned();
+        let first = index();
+        match what {
+            "the supervisor died" => {
+                host.manager().kill_and_wait(Unit::Supervisor);
+                assert!(!ip("-o link").contains("dvm0n0"), "the kernel takes it back");
+            }
+            "removed" => drop(ip("link del dvm0n0")),
+            "taken from its bridge" => drop(ip("link set dvm0n0 nomaster")),
+            "another bridge of that name" => {
+                ip("link del br0");
+                ip("link add br0 type bridge");
+            }
+            _ => {}
+        }
+        let qemu = start(&host, &session, tenancy, 1, 1, "").unwrap_or_else(|error| panic!("{what}: {error}"));
+        let link = ip("-d -o link show dvm0n0");
+        assert!(link.contains("master br0") && link.contains(",UP") && link.contains("user root"), "{what}: {link}");
+        assert_eq!(index() == first, what == "nothing", "{what}: {first} {link}");
+        assert!(ruleset().to_string().contains("52:54:00:00:00:01"), "{what}: {opened:?}");
+        assert_eq!((netns::queues(qemu, "dvm0n0").len(), netns::queues(host.supervisor_pid(), "dvm0n0").len()), (1, 0), "{what}");
+        end(qemu);
+        eventually("its end is known", || session.record(tenancy).is_some_and(|record| record.state == SlotState::Exited));
+    }
+    // A network without its bridge: no start, and nothing of one.
+    ip("link del br0");
+    let error = start(&host, &session, tenancy, 1, 1, "").unwrap_err();
+    assert!(matches!(&error, Error::Unsupported { missing } if missing.contains("br0")), "{error}");
+    assert!(host.qemus().is_empty() && host.ledger()["0"]["state"] == "exited");
+    session.release(tenancy);
+    drop(session);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_start_with_a_tap_killed_at_every_step_starts_one_qemu_that_has_it() {
+    need!(Root, Network, Kernel(6, 5));
+    let (host, _world) = host();
+    let first = 1 + u64::from(std::process::id() % 13);
+    let mut killed = 0;
+    for step in (first..).step_by(13) {
+        let session = host.session();
+        let tenancy = session.claim("step").tenancy;
+        ask_for(&session, tap_request(tenancy, "p2p", 9)).unwrap();
+        let (outcome, answer) = kill_at_syscall(host.supervisor_pid(), step, || start(&host, &session, tenancy, 9, 1, "")).unwrap();
+        let qemu = answer.unwrap_or_else(|error| panic!("step {step} ({outcome:?}): {error}"));
+        host.manager().wait_ready(Unit::Supervisor, 0, SOON);
+        assert_eq!(host.qemus(), [qemu], "step {step} ({outcome:?})");
+        assert_eq!((netns::queues(qemu, "dvm0n0").len(), netns::queues(host.supervisor_pid(), "dvm0n0").len()), (1, 0), "step {step} ({outcome:?})");
+        assert!(ip("route").contains("10.77.0.2 dev dvm0n0") && ruleset().to_string().contains("52:54:00:00:00:09"), "step {step} ({outcome:?})");
+        host.session().release(tenancy);
+        assert!(!ip("-o link").contains("dvm") && tables().is_empty() && host.ledger().is_empty(), "step {step} ({outcome:?})");
+        match outcome {
+            Outcome::Killed { .. } => killed += 1,
+            Outcome::Survived { .. } => break,
+            Outcome::Ended { .. } => panic!("it ended by itself"),
+        }
+    }
+    assert!(killed > 10, "{killed}");
+}
+
+#[test]
+fn rules_that_a_killed_nft_left_at_a_release_are_made_right_without_another_change() {
+    need!(Root, Network, Kernel(6, 5));
+    netns::enter();
+    let place = tempfile::Builder::new().prefix("diarch-nft-").tempdir_in("/usr/local").unwrap();
+    std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let nft = place.path().join("nft");
+    std::fs::copy(diarch_tests::host::binary("diarch-mortal-nft"), &nft).unwrap();
+    let dies = |times: u32| std::fs::write(place.path().join("deaths"), times.to_string()).unwrap();
+    let left = || std::fs::read_to_string(place.path().join("deaths")).unwrap();
+    let host = Host::builder().without_worker().grants(GRANTS).grants(&format!("[nft]\npath = {nft:?}\n")).start();
+    let session = host.session();
+    dies(0);
+    let (_, stays) = guest(&host, &session, "p2p", 1, None);
+    let named = || ruleset().to_string().contains("dvm1n0");
+
+    // Killed once: the release itself asks again.
+    let (once, _once) = guest(&host, &session, "p2p", 2, None);
+    dies(1);
+    session.release(once);
+    assert_eq!((left().as_str(), named()), ("0", false));
+
+    // Killed each time that the release asks, and once more: nobody changes anything, and it is made right.
+    let (again, _again) = guest(&host, &session, "p2p", 3, None);
+    dies(3);
+    let started = Instant::now();
+    assert!(session.release(again).existed);
+    assert!(started.elapsed() < Duration::from_secs(2), "the VM's end waits for no rules");
+    assert_eq!((left().as_str(), named()), ("1", true), "what this test is about");
+    eventually("the rules are right again", || !named());
+    assert_eq!(left(), "0");
+    assert!(stays.resolve(GATEWAY, SOON).is_some(), "and nobody else's are lost");
+    let audit = std::fs::read_to_string(host.path("audit/audit.jsonl")).unwrap();
+    assert!(audit.contains("its rules could not be removed") && audit.contains("says again what the ledger says"), "{audit}");
 }
 
 #[test]
@@ -549,7 +682,7 @@ fn a_tap_with_several_queues_has_a_descriptor_for_each_and_room_for_no_stranger(
     let (host, _world) = host();
     let session = host.session();
     let tenancy = session.claim("many").tenancy;
-    let (opened, fds) = open(&session, OpenTap { queues: Queues::new(4).unwrap(), ..tap_request(tenancy, "p2p", 1) }).unwrap();
+    let (opened, fds) = open(&host, &session, OpenTap { queues: Queues::new(4).unwrap(), ..tap_request(tenancy, "p2p", 1) }).unwrap();
     assert_eq!(fds.len(), 4);
     let link = ip("-d -o link show dvm0n0");
     assert!(link.contains("multi_queue numqueues 4") && link.contains("user root"), "{opened:?} {link}");
@@ -568,10 +701,10 @@ fn without_forwarding_or_nft_no_tap_comes_up_and_the_sentence_says_what_to_do() 
     let session = host.session();
     let tenancy = session.claim("a").tenancy;
     let before = host.inventory();
-    let Error::Unsupported { missing } = open(&session, tap_request(tenancy, "lan", 1)).unwrap_err() else { panic!() };
+    let Error::Unsupported { missing } = open(&host, &session, tap_request(tenancy, "lan", 1)).unwrap_err() else { panic!() };
     assert!(missing.contains("apt install nftables") && missing.contains("there-is-no-nft"), "{missing}");
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
-    let Error::Unsupported { missing } = open(&session, tap_request(tenancy, "p2p", 1)).unwrap_err() else { panic!() };
+    let Error::Unsupported { missing } = open(&host, &session, tap_request(tenancy, "p2p", 1)).unwrap_err() else { panic!() };
     assert!(missing.contains("net.ipv4.ip_forward=1"), "{missing}");
     assert!(!ip("-o link").contains("dvm"));
     assert!(host.ledger()["0"]["resources"]["taps"].as_array().unwrap().is_empty());
@@ -594,14 +727,14 @@ fn what_nft_refuses_leaves_ledger_and_rules_as_they_were() {
     let host = Host::builder().without_worker().grants(GRANTS).grants(&format!("[nft]\npath = {nft:?}\n")).start();
     ip("link add br0 type bridge");
     let session = host.session();
-    let (tenancy, guest) = guest(&session, "p2p", 1, None);
+    let (tenancy, guest) = guest(&host, &session, "p2p", 1, None);
     publish(&session, tenancy, &[forward(Protocol::Tcp, HERE, 8080, 80)]).unwrap();
     let before = (host.ledger(), ruleset());
     put("/bin/false");
     let error = publish(&session, tenancy, &[forward(Protocol::Tcp, HERE, 8081, 80)]).unwrap_err();
     assert!(matches!(&error, Error::Failed { step, detail, .. } if step == "nft" && detail.contains("exit status: 1")), "{error:?}");
     let other = session.claim("other").tenancy;
-    open(&session, tap_request(other, "p2p", 2)).unwrap_err();
+    open(&host, &session, tap_request(other, "p2p", 2)).unwrap_err();
     assert_eq!(ip("-o link").lines().filter(|line| line.contains("dvm")).count(), 1);
     session.release(other);
     assert_eq!((host.ledger(), ruleset()), before);
@@ -619,7 +752,7 @@ fn a_supervisor_killed_at_every_step_leaves_rules_that_its_successor_makes_equal
     need!(Root, Network, Kernel(6, 5));
     let (host, _world) = host();
     let session = host.session();
-    let (keeper, _keeper) = guest(&session, "p2p", 1, None);
+    let (keeper, _keeper) = guest(&host, &session, "p2p", 1, None);
     publish(&session, keeper, &[forward(Protocol::Tcp, HERE, 8001, 80)]).unwrap();
     drop(session);
     // Not each of some hundreds: every third, from another beginning each time, meets all kinds of them.
@@ -649,8 +782,13 @@ fn a_supervisor_killed_at_every_step_leaves_rules_that_its_successor_makes_equal
     for step in (first..).step_by(7) {
         let session = host.session();
         let tenancy = session.claim("half").tenancy;
-        let (outcome, answer) = kill_at_syscall(host.supervisor_pid(), step, || open(&session, tap_request(tenancy, "p2p", 9))).unwrap();
-        let (opened, fds) = answer.unwrap_or_else(|error| panic!("step {step} ({outcome:?}): {error}"));
+        let (outcome, answer) = kill_at_syscall(host.supervisor_pid(), step, || ask_for(&session, tap_request(tenancy, "p2p", 9))).unwrap();
+        let opened = answer.unwrap_or_else(|error| panic!("step {step} ({outcome:?}): {error}"));
+        host.manager().wait_ready(Unit::Supervisor, 0, SOON);
+        // It died before its answer, and its successor made the tap; or after, and took the tap with it. Nobody else has it.
+        let held = netns::queues(host.supervisor_pid(), "dvm1n0");
+        assert_eq!(ip("-o link").contains("dvm1n0"), held.len() == 1, "step {step} ({outcome:?})");
+        let fds = if held.is_empty() { open(&host, &session, tap_request(tenancy, "p2p", 9)).unwrap().1 } else { held };
         let guest = Guest { tap: fds.into_iter().next().unwrap(), mac: [0x52, 0x54, 0, 0, 0, 9], address: Ipv4Addr::new(10, 77, 0, 6) };
         assert!(guest.resolve(GATEWAY, SOON).is_some(), "step {step}: {opened:?}");
         session.release(tenancy);
@@ -707,7 +845,7 @@ fn a_real_guest_serves_through_its_tap_and_its_published_port() {
     let host = Host::builder().without_worker().real_qemu().grants(GRANTS).start();
     let session = host.session();
     let tenancy = session.claim("web").tenancy;
-    let (opened, taps) = open(&session, OpenTap { queues: Queues::new(2).unwrap(), ..tap_request(tenancy, "p2p", 1) }).unwrap();
+    let opened = ask_for(&session, OpenTap { queues: Queues::new(2).unwrap(), ..tap_request(tenancy, "p2p", 1) }).unwrap();
     let (address, gateway) = (opened.address.unwrap(), opened.gateway.unwrap());
     let (plain, mut fds) = host.spec("");
     fds.truncate(2);
@@ -715,7 +853,6 @@ fn a_real_guest_serves_through_its_tap_and_its_published_port() {
     for name in ["vmlinuz", "initrd.img"] {
         fds.push(std::fs::File::open(files.join(name)).unwrap().into());
     }
-    fds.extend(taps);
     let command_line = CommandLine::new(format!("console=ttyS0 quiet panic=-1 diarch.net={address}/18,{gateway}")).unwrap();
     let spec = VmSpec {
         memory: MiB::new(256).unwrap(),
@@ -748,6 +885,11 @@ fn a_real_guest_serves_through_its_tap_and_its_published_port() {
     host.manager().kill_and_wait(Unit::Supervisor);
     let outside = world.inside(move || get((HERE, 8080).into()));
     assert!(outside.as_ref().is_ok_and(|answer| answer.contains("200")), "{outside:?}");
+    // The tap is the guest's, and goes with it.
+    assert!(netns::queues(host.supervisor_pid(), "dvm0n0").is_empty());
+    let pid = session.record(tenancy).and_then(|record| record.pid).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid.cast_signed()).unwrap(), rustix::process::Signal::KILL).unwrap();
+    eventually("the tap is gone with its QEMU", || !ip("-o link").contains("dvm"));
     session.release(tenancy);
     assert!(!ip("-o link").contains("dvm") && tables().is_empty());
 }

@@ -16,31 +16,30 @@
 //! | `publish` | `net.publish`, `net.withdraw` | ports of the host that lead into a VM                        |
 //! | `rules`   |                              | the packet filter's text: constant rules, and sets from the ledger |
 //! | `filter`  |                              | that text handed to nft, in one transaction                   |
+//! | `turn`    |                              | who changes it next, and what is still owed                   |
+//! | `held`    |                              | taps that wait for their QEMU                                 |
 //! | `port`    | `port.listen`                | a bound socket                                                |
 //!
 //! What the host has is made from the ledger, always the whole of it. A tap is up only after its rules are there.
 
 pub mod filter;
+pub mod held;
 pub mod link;
 pub mod port;
 pub mod publish;
 pub mod rules;
 pub mod tap;
 pub mod tun;
+pub mod turn;
+
+pub use held::Held;
+pub use turn::{Turn, settle};
 
 use crate::ledger::Record;
 use crate::state::Supervisor;
 use diarch_ipc::Error;
 use diarch_ipc::operation::Operation;
 use std::rc::Rc;
-
-/// Makes the packet filter say what the ledger says, without the taps and published ports of `except`. (Its user stays in the rules as long as it is in the ledger:
-/// it may have processes.)
-pub async fn settle(supervisor: &Rc<Supervisor>, row: &'static Operation, of: &Record, except: Option<&Record>) -> Result<(), Error> {
-    let _one = supervisor.filter.lock().await;
-    let (cards, users, program) = (cards(supervisor, except), users(supervisor), filter::Program::of(supervisor));
-    supervisor.act(row, of.slot, "packet filter", move || program.settle(&cards, &users)).await?
-}
 
 /// All cards that the ledger speaks of.
 fn cards(supervisor: &Supervisor, except: Option<&Record>) -> Vec<rules::Card> {
@@ -59,13 +58,13 @@ pub async fn forget_user(supervisor: &Rc<Supervisor>, row: &'static Operation, r
     if record.run.as_ref().is_none_or(|run| run.egress.is_none()) {
         return;
     }
-    if let Err(error) = settle(supervisor, row, record, None).await {
+    if let Err(error) = turn::settle_or_owe(supervisor, row, record, None).await {
         tracing::error!(slot = %record.slot, %error, "the packet filter still has a user that has no process any more");
     }
 }
 
 /// Takes a slot's taps and published ports away: with its release. A packet filter that can't be set does not hold the slot: without a tap, its rules lead
-/// nowhere, and no tap comes up before they are right again.
+/// nowhere, no tap comes up before they are right again, and they are made right as soon as that can be done (see `turn`).
 pub async fn clear(supervisor: &Rc<Supervisor>, row: &'static Operation, record: &Record) -> Result<(), Error> {
     if record.resources.taps.is_empty() && record.resources.published.is_empty() {
         return Ok(());
@@ -73,24 +72,27 @@ pub async fn clear(supervisor: &Rc<Supervisor>, row: &'static Operation, record:
     if supervisor.host.rehearses(|| format!("remove the taps and published ports of slot {}", record.slot)) {
         return Ok(());
     }
-    let gone = record.clone();
-    supervisor.act(row, record.slot, "remove taps", move || tap::remove(&gone)).await??;
-    if let Err(error) = settle(supervisor, row, record, Some(record)).await {
+    let (gone, held) = (record.clone(), held::all_of(supervisor, record.slot));
+    let remove = move || {
+        let removed = tap::remove(&gone);
+        drop(held);
+        removed
+    };
+    supervisor.act(row, record.slot, "remove taps", remove).await??;
+    if let Err(error) = turn::settle_or_owe(supervisor, row, record, Some(record)).await {
         tracing::error!(slot = %record.slot, %error, "the packet filter still has the rules of a released slot");
-        supervisor.note(&format!("slot {}: its rules could not be removed: {error}", record.slot));
+        supervisor.note(&format!("slot {}: its rules could not be removed, which is tried again until they are: {error}", record.slot));
     }
     Ok(())
 }
 
 /// At start: the tables are made to equal the ledger, if there can be any.
 pub async fn adopt(supervisor: &Rc<Supervisor>) {
-    let program = filter::Program::of(supervisor);
-    let (cards, users) = (cards(supervisor, None), users(supervisor));
-    if supervisor.host.is_rehearsed() || (cards.is_empty() && users.is_empty() && !program.was_used()) {
+    let nothing = cards(supervisor, None).is_empty() && users(supervisor).is_empty();
+    if supervisor.host.is_rehearsed() || (nothing && !filter::Program::of(supervisor).was_used()) {
         return;
     }
-    let done = supervisor.helpers.run("packet filter", move || program.settle(&cards, &users)).await.and_then(|done| done);
-    match done {
+    match turn::settle_all(supervisor).await {
         Ok(()) => supervisor.note("the packet filter's tables were made as the ledger says"),
         Err(error) => {
             tracing::error!(%error, "the packet filter can't be made as the ledger says");

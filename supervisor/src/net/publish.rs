@@ -66,7 +66,7 @@ async fn set(supervisor: &Rc<Supervisor>, row: &'static Operation, record: Recor
     }
     // One transaction took nothing or all, so there is as a rule nothing to set; an nft that was killed may have ended either way.
     if let Err(again) = settle(supervisor, row, &record, None).await {
-        tracing::error!(slot = %record.slot, %again, "the packet filter is not as the ledger says; the next change tries again");
+        tracing::error!(slot = %record.slot, %again, "the packet filter is not as the ledger says; it is tried again");
     }
     Err(error)
 }

@@ -4,12 +4,13 @@
 //!   facts   the interfaces that there are; whether the host forwards              (helper thread; changes nothing)
 //!   vet     pure: request x grants x ledger x facts -> Vetted<Opening>
 //!   record  the tap, with the MAC and the address that its rules will hold the guest to
-//!   act     made, down -> rules -> bridge or routes -> up                          (helper thread)
+//!   act     made, down -> rules -> bridge or routes -> up -> held                  (helper thread; see `held`)
 //! ```
 //!
-//! Whatever fails or dies in between, the descriptors close and the tap is gone with them.
+//! Whatever fails or dies in between, the descriptors close and the tap is gone with them. Nobody is handed one: `vm.spawn` puts them into QEMU's jail.
 
 use super::filter::Program;
+use super::held::{self, Held};
 use super::link::{Link, Links, Settings};
 use super::{cards, rules, tun, users};
 use crate::grants::{Grants, Place};
@@ -20,7 +21,6 @@ use diarch_ipc::Error;
 use diarch_ipc::name::{IpText, Mac, NicIndex, Slot};
 use diarch_ipc::operation::{OpenTap, Operation, TapOpened};
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
@@ -49,12 +49,12 @@ struct Facts {
 
 /// A tap to be made.
 #[derive(Debug)]
-struct Opening {
+pub(super) struct Opening {
     record: Record,
     tap: Tap,
     place: Plug,
     mtu: u32,
-    /// An earlier one of this card's, whose descriptors somebody still has.
+    /// An earlier one of this card's: held, or of a QEMU that the kernel has not taken apart yet.
     stale: Option<u32>,
 }
 
@@ -65,38 +65,52 @@ enum Plug {
     Routed { gateway: Ipv4Addr, guest: Ipv4Addr },
 }
 
-pub async fn open(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &OpenTap) -> Result<(TapOpened, Vec<Rc<OwnedFd>>), Error> {
+pub async fn open(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &OpenTap) -> Result<TapOpened, Error> {
     let _lock = supervisor.lock(ask.tenancy).await?;
     supervisor.check_state(row, ask.tenancy)?;
-    let slot = ask.tenancy.slot;
-    let facts = if supervisor.host.is_rehearsed() { staged(&supervisor.grants) } else { supervisor.act(row, slot, "look at interfaces", gather).await?? };
-
-    let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), ask, &facts)?;
+    let vetted = vetted(supervisor, row, ask).await?;
 
     let before = supervisor.with(ask.tenancy, |vm| vm.record.clone())?;
     supervisor.record(vetted.record.clone())?;
-    let answer = opened(&vetted, slot);
+    let answer = opened(&vetted, ask.tenancy.slot);
     let would = || format!("make the tap {} (queues: {}) on network {}, and its rules", answer.name, vetted.tap.queues, vetted.tap.network);
     if supervisor.host.rehearses(would) {
-        let stand_in = || File::options().read(true).write(true).open("/dev/null").map(|null| Rc::new(OwnedFd::from(null)));
-        let fds = (0..ask.queues.get()).map(|_| stand_in()).collect::<io::Result<_>>().map_err(|error| Error::io("open /dev/null", &error))?;
-        return Ok((answer, fds));
+        return Ok(answer);
     }
-    let made = {
-        // No other's rules in between: they would not have this tap, which is there.
-        let _one = supervisor.filter.lock().await;
-        let (all, users) = (cards(supervisor, None), users(supervisor));
-        let (program, node) = (Program::of(supervisor), supervisor.host.dev().join("net/tun"));
-        supervisor.act(row, slot, "make a tap", move || make(vetted, &all, &users, &program, &node)).await.and_then(|made| made)
+    if let Err(error) = raise(supervisor, row, vetted).await {
+        supervisor.record_or_believe(before);
+        return Err(error);
+    }
+    Ok(answer)
+}
+
+/// Looks at the host, and vets.
+pub(super) async fn vetted(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: &OpenTap) -> Result<Vetted<Opening>, Error> {
+    let facts =
+        if supervisor.host.is_rehearsed() { staged(&supervisor.grants) } else { supervisor.act(row, ask.tenancy.slot, "look at interfaces", gather).await?? };
+    vet(&supervisor.grants, &supervisor.slots.borrow(), ask, &facts)
+}
+
+/// Makes a tap that the ledger has, and holds it. An earlier one of the card's is gone, whatever becomes of this.
+pub(super) async fn raise(supervisor: &Rc<Supervisor>, row: &'static Operation, vetted: Vetted<Opening>) -> Result<(), Error> {
+    let (slot, nic) = (vetted.record.slot, vetted.tap.nic);
+    let earlier = supervisor.slots.borrow_mut().get_mut(&slot).and_then(|vm| vm.taps.remove(&nic));
+    // No other's rules in between: they would not have this tap, which is there.
+    let _one = supervisor.filter.take().await;
+    let (all, users) = (cards(supervisor, None), users(supervisor));
+    let (program, node) = (Program::of(supervisor), supervisor.host.dev().join("net/tun"));
+    let make = move || {
+        drop(earlier);
+        make(vetted, &all, &users, &program, &node)
     };
-    match made {
-        Ok(fds) => Ok((answer, fds.into_iter().map(Rc::new).collect())),
-        Err(error) => {
-            // Its rules, if they are there, are for an interface that is not, and go with the next change.
-            supervisor.record_or_believe(before);
-            Err(error)
-        }
+    let made = supervisor.act(row, slot, "make a tap", make).await.and_then(|made| made);
+    // Where it fails, there may be rules for an interface that is not.
+    supervisor.filter.done(&made);
+    let held = made?;
+    if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
+        vm.taps.insert(nic, held);
     }
+    Ok(())
 }
 
 fn opened(opening: &Opening, slot: Slot) -> TapOpened {
@@ -173,12 +187,13 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, ask: &OpenTap, facts: &Facts
     };
     let tap = Tap { nic: ask.nic, network: ask.network.clone(), mac: ask.mac.clone(), address, queues: ask.queues };
     unique(grants, slots, slot, &tap)?;
+    held::room(held::waiting(slots, slot, tap.nic), tap.queues)?;
     let mut record = vm.record.clone();
     let known = record.resources.taps.iter().any(|known| known.nic == tap.nic);
     let stale = facts.links.iter().find(|link| link.name == name(slot, tap.nic));
     let stale = match stale {
         None => None,
-        // The same asked again, after a lost answer: whoever holds the old descriptors holds nothing.
+        // The same asked again, after a lost answer, or for the next start.
         Some(link) if known && link.kind == "tun" => Some(link.index),
         Some(link) => {
             let reason = "it is not this supervisor's, and its name is the one that this card's tap would have; ip link del removes it".into();
@@ -241,7 +256,7 @@ fn bytes(mac: &Mac) -> Option<[u8; 6]> {
 }
 
 /// From here on the host changes. What fails closes the descriptors, and the tap goes with them.
-fn make(vetted: Vetted<Opening>, all: &[rules::Card], users: &[rules::User], program: &Program, node: &std::path::Path) -> Result<Vec<OwnedFd>, Error> {
+fn make(vetted: Vetted<Opening>, all: &[rules::Card], users: &[rules::User], program: &Program, node: &std::path::Path) -> Result<Held, Error> {
     let opening = vetted.into_inner();
     let slot = opening.record.slot;
     let (name, queues) = (name(slot, opening.tap.nic), opening.tap.queues.get());
@@ -291,10 +306,10 @@ fn make(vetted: Vetted<Opening>, all: &[rules::Card], users: &[rules::User], pro
     if now.as_ref().is_none_or(|now| now.index != index || now.master != master) {
         return Err(Error::Failed { step: "make the tap".into(), errno: None, detail: format!("{name} is not where it was put") });
     }
-    Ok(fds)
+    Ok(Held { queues: fds, index, master })
 }
 
-/// Removes the taps of a slot, whoever holds their descriptors: a worker or a QEMU can make a tap outlive them (`TUNSETPERSIST` asks for no right).
+/// Removes the taps of a slot, whoever holds their descriptors.
 pub fn remove(record: &Record) -> Result<(), Error> {
     if record.resources.taps.is_empty() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The tap device itself: made, and recognised again when its descriptor comes back (linux/if_tun.h).
+//! The tap device itself (linux/if_tun.h).
 //!
 //! A tap without an owner may be attached to by whoever can open `/dev/net/tun`, which is everybody: its second queue would be a stranger's for the asking.
 //! So each tap is root's (`TUNSETOWNER`), and what was attached before it was is counted (see `tap`). It is not persistent: it goes with its last descriptor.
@@ -9,7 +9,7 @@ use crate::grants::MAX_INTERFACE_NAME;
 use nix::libc::{self, c_int, c_short, c_ulong};
 use rustix::fs::{Mode, OFlags};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 /// The kernel's own, with the fields that are used here; 40 bytes on 64-bit machines (linux/if.h, `struct ifreq`).
 #[repr(C)]
@@ -22,12 +22,8 @@ const _: () = assert!(size_of::<Request>() == size_of::<libc::ifreq>());
 
 /// `IFF_TUN_EXCL`: an interface that is there already is an error and not attached to. Its bit is the sign of the 16-bit field.
 const EXCLUSIVE: c_int = 0x8000;
-/// `TUNGETIFF`, `_IOR('T', 210, unsigned int)`.
-const TUNGETIFF: c_ulong = 0x8004_54d2;
 /// `TUNSETOWNER`, `_IOW('T', 204, int)`.
 const TUNSETOWNER: c_ulong = 0x4004_54cc;
-/// `SIOCGSKNS` (linux/sockios.h): the network namespace that the device was opened in.
-const SIOCGSKNS: c_ulong = 0x894c;
 
 /// What every tap of ours is: Ethernet frames without a header of the driver's, and with virtio's (for offloads).
 const KIND: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -61,43 +57,6 @@ pub fn create(node: &std::path::Path, name: &str, queues: u16) -> io::Result<Vec
     Ok(fds)
 }
 
-/// Whether the descriptor is a queue of the tap of this name in our own network namespace; why not, otherwise.
-pub fn recognise(fd: impl AsFd, name: &str, queues: u16) -> Result<(), String> {
-    let fd = fd.as_fd();
-    let mut found = Request { name: [0; MAX_INTERFACE_NAME + 1], flags: 0, rest: [0; 22] };
-    // SAFETY: TUNGETIFF writes one `struct ifreq`.
-    let got = check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETIFF as _, &raw mut found) });
-    if let Err(error) = got {
-        return Err(match error.raw_os_error() {
-            Some(libc::EBADFD) => "it belongs to no tap: the tap was removed, or never made".into(),
-            _ => "it is not a tap".into(),
-        });
-    }
-    let end = found.name.iter().position(|byte| *byte == 0).unwrap_or(found.name.len());
-    if found.name[..end] != *name.as_bytes() {
-        return Err(format!("it is another tap than {name}"));
-    }
-    let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
-    let flags = c_int::from(found.flags as u16) & (KIND | libc::IFF_TUN | libc::IFF_MULTI_QUEUE);
-    if flags != KIND | multi {
-        return Err(format!("{name} is not what tap.open makes for {queues} queues"));
-    }
-    if !in_our_namespace(fd.as_raw_fd()).map_err(|error| format!("its network namespace can't be found out: {error}"))? {
-        return Err(format!("its {name} is in another network namespace"));
-    }
-    Ok(())
-}
-
-/// A tap of the same name may be in a namespace that somebody made for that purpose.
-fn in_our_namespace(fd: c_int) -> io::Result<bool> {
-    // SAFETY: SIOCGSKNS takes no argument and gives a new descriptor.
-    let raw = check(unsafe { libc::ioctl(fd, SIOCGSKNS as _) })?;
-    // SAFETY: the descriptor is new, and nobody else's.
-    let theirs = unsafe { OwnedFd::from_raw_fd(raw) };
-    let (theirs, ours) = (rustix::fs::fstat(&theirs)?, rustix::fs::stat("/proc/self/ns/net")?);
-    Ok((theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino))
-}
-
 fn check(result: c_int) -> io::Result<c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -112,16 +71,5 @@ mod tests {
             assert!(request(bad, KIND).is_err(), "{bad:?}");
         }
         assert_eq!(request("dvm4095n3", KIND | EXCLUSIVE).unwrap().flags as u16, 0xd002);
-    }
-
-    #[test]
-    fn what_is_no_tap_is_told() {
-        for other in ["/dev/null", "/dev/zero"] {
-            let fd = std::fs::File::options().read(true).write(true).open(other).unwrap();
-            assert!(recognise(&fd, "dvm0n0", 1).unwrap_err().contains("not a tap"), "{other}");
-        }
-        if let Ok(tun) = std::fs::File::options().read(true).write(true).open("/dev/net/tun") {
-            assert!(recognise(&tun, "dvm0n0", 1).unwrap_err().contains("no tap"));
-        }
     }
 }

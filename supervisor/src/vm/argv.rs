@@ -138,22 +138,30 @@ pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, beside: &
     argv
 }
 
-/// The queues of card `n` are descriptors, and so are those of `/dev/vhost-net`, which follow behind all files.
+/// The queues of card `n` are descriptors behind all files, and so are those of `/dev/vhost-net`, which follow them.
 fn tap(n: usize, spec: &VmSpec, vhost: Presence) -> String {
-    let queues = |nic: &Nic| if let Backend::Tap { queues } = &nic.backend { usize::from(queues.get()) } else { 0 };
-    let (before, own) = (spec.nics.iter().take(n).map(queues).sum(), spec.nics.get(n).map_or(0, queues));
-    let taps = files(spec).into_iter().filter(|(role, _)| role.name == "tap").map(|(_, fd)| fd);
-    let list = |fds: Vec<i32>| fds.iter().map(i32::to_string).collect::<Vec<_>>().join(":");
-    let mut tap = json!({"type": "tap", "id": format!("net{n}"), "fds": list(taps.skip(before).take(own).collect())});
+    let (before, own) = (spec.nics.iter().take(n).map(|nic| i32::from(nic.queues())).sum::<i32>(), spec.nics.get(n).map_or(0, Nic::queues));
+    let list = |first: i32| (first + before..).take(own.into()).map(|fd| fd.to_string()).collect::<Vec<_>>().join(":");
+    let mut tap = json!({"type": "tap", "id": format!("net{n}"), "fds": list(first_tap_fd(spec))});
     if vhost == Presence::Given {
         tap["vhost"] = true.into();
-        tap["vhostfds"] = list((first_vhost_fd(spec)..).skip(before).take(own).collect()).into();
+        tap["vhostfds"] = list(first_vhost_fd(spec)).into();
     }
     tap.to_string()
 }
 
-fn first_vhost_fd(spec: &VmSpec) -> i32 {
+/// Behind the worker's files.
+fn first_tap_fd(spec: &VmSpec) -> i32 {
     files(spec).last().map_or(FIRST_FILE_FD, |(_, fd)| fd + 1)
+}
+
+/// The queues of all taps, card by card.
+fn queues(spec: &VmSpec) -> i32 {
+    spec.nics.iter().map(|nic| i32::from(nic.queues())).sum()
+}
+
+fn first_vhost_fd(spec: &VmSpec) -> i32 {
+    first_tap_fd(spec) + queues(spec)
 }
 
 /// A root port for each device (what `lspci` shows as one BUS:DEVICE), and its functions behind it, each at its own number: a GPU's driver looks for its audio
@@ -202,8 +210,7 @@ fn stream(n: usize, spec: &VmSpec, vhost: Presence) -> String {
 
 /// Behind the files, the taps and the descriptors of vhost-net.
 fn first_companion_fd(spec: &VmSpec, vhost: Presence) -> i32 {
-    let queues = spec.nics.iter().map(|nic| if let Backend::Tap { queues } = &nic.backend { i32::from(queues.get()) } else { 0 });
-    first_vhost_fd(spec) + if vhost == Presence::Given { queues.sum() } else { 0 }
+    first_vhost_fd(spec) + if vhost == Presence::Given { queues(spec) } else { 0 }
 }
 
 /// Behind those: for each share the connection to what serves it.
@@ -291,7 +298,7 @@ mod tests {
             let first: i32 = nets[0]["fds"].as_str().unwrap().parse().unwrap();
             assert_eq!((nets[0]["type"].as_str(), nets[1]["type"].as_str()), (Some("tap"), Some("user")));
             assert_eq!(nets[2]["fds"], format!("{}:{}", first + 1, first + 2));
-            assert_eq!(spec.fds().len(), usize::try_from(first).unwrap() - 3 + 2, "the taps come last");
+            assert_eq!(spec.fds().len(), usize::try_from(first).unwrap() - 3 - 1, "the taps come behind all files");
             if vhost == Presence::Given {
                 assert_eq!((&nets[0]["vhostfds"], &nets[2]["vhostfds"]), (&format!("{}", first + 3).into(), &format!("{}:{}", first + 4, first + 5).into()));
             } else {
@@ -324,7 +331,7 @@ mod tests {
         let tap = Nic { backend: Backend::Tap { queues: diarch_ipc::name::Queues::new(2).unwrap() }, ..example().nics[0].clone() };
         spec.nics = vec![example().nics[0].clone(), tap, example().nics[0].clone()];
         let files = i32::try_from(spec.fds().len()).unwrap();
-        for (vhost, first) in [(Presence::Absent, 4 + files), (Presence::Given, 6 + files)] {
+        for (vhost, first) in [(Presence::Absent, 6 + files), (Presence::Given, 8 + files)] {
             let argv = render("q", slot(), &label(), &spec, &Beside { vhost, user_mode: Carrier::Passt, ..Beside::default() });
             let nets: Vec<serde_json::Value> = after(&argv, "-netdev").iter().map(|text| serde_json::from_str(text).unwrap()).collect();
             assert_eq!((&nets[0]["type"], &nets[1]["type"], &nets[2]["type"]), (&"stream".into(), &"tap".into(), &"stream".into()));
@@ -342,7 +349,7 @@ mod tests {
         spec.shares = ["models", "work"].map(name).map(|(share, tag)| diarch_ipc::spec::Share { share, tag }).to_vec();
         for (vhost, user_mode, more) in [(Presence::Absent, Carrier::Slirp, 0), (Presence::Given, Carrier::Slirp, 2), (Presence::Given, Carrier::Passt, 3)] {
             let argv = render("q", slot(), &label(), &spec, &Beside { vhost, user_mode, ..Beside::default() });
-            let first = spec.fds().len() + 4 + more;
+            let first = spec.fds().len() + 4 + 2 + more;
             let chardevs = after(&argv, "-chardev");
             assert_eq!(chardevs[2..], [format!("socket,id=share0,fd={first}"), format!("socket,id=share1,fd={}", first + 1)]);
             let devices: Vec<serde_json::Value> = after(&argv, "-device").iter().filter_map(|text| serde_json::from_str(text).ok()).collect();

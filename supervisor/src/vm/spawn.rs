@@ -5,6 +5,7 @@
 //!   vet     pure: request x grants x ledger x facts -> Vetted<Launch>
 //!   record  state spawning, and who asked
 //!   act     the packet filter, where a process beside QEMU carries its network       (see `companion`)
+//!           its taps' queues, which the supervisor held until now                   (see `net::held`)
 //!           sockets, the children in their jails, pids into the ledger              (helper thread; see `jail`)
 //!           their scope, where systemd runs us                                      (see `scope`)
 //!           gates open, QEMU's last; exec                                           (helper thread)
@@ -26,9 +27,9 @@ use crate::vfio::{self, Passed};
 use crate::{fd, kvm, mount, net, qemu};
 use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
-use diarch_ipc::name::{NicIndex, RequestId, ShareName, Slot, Tenancy};
+use diarch_ipc::name::{RequestId, ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
-use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, FdKind, FdRole, MAX_DEVICES, MAX_DISKS, MAX_FORWARDS, MAX_NICS, Nic, Presence, VmSpec};
+use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, MAX_DEVICES, MAX_DISKS, MAX_FORWARDS, MAX_NICS, Nic, Presence, VmSpec};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -103,6 +104,7 @@ struct Launch {
     virtiofsd: Option<Program>,
     program: OwnedFd,
     fds: Vec<OwnedFd>,
+    vhost: Vec<OwnedFd>,
     libraries: Vec<(PathBuf, OwnedFd)>,
     accelerator: Accelerator,
     /// Whether it has a card of user-mode networking.
@@ -121,6 +123,15 @@ enum Reach {
     Nowhere,
     /// Its user-mode network opens the guest's connections, and listens for its forwards, as a process of the host.
     Host,
+}
+
+/// What is held for the VM, for this start of it.
+struct Lent {
+    /// Of its mounts.
+    copies: Vec<OwnedFd>,
+    /// Of its taps, card by card.
+    queues: Vec<OwnedFd>,
+    carrier: Carrier,
 }
 
 /// The answer, with the pidfd and a connection to the monitor.
@@ -165,11 +176,8 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
         supervisor.record_or_believe(before);
         return Err(error);
     }
-    let launched = match copies(supervisor, row, tenancy, &vetted).await {
-        Ok(copies) => match hold_user(supervisor, row, &vetted, &before).await {
-            Ok(carrier) => launch(supervisor, row, slot, vetted, copies, carrier).await,
-            Err(error) => Err(error),
-        },
+    let launched = match lend(supervisor, row, &vetted, &ask, &before).await {
+        Ok(lent) => launch(supervisor, row, slot, vetted, lent).await,
         Err(error) => Err(error),
     };
     let launched = match launched {
@@ -251,17 +259,14 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
     let known = supervisor.hashes.get(&granted.path);
     let roles = ask.spec.fds();
     let (owner, walls) = (supervisor.host.owner(), supervisor.host.walls());
-    let (slot, nics, vhost) = (ask.tenancy.slot, ask.spec.nics.clone(), net::tap::vhost_node(&supervisor.host));
+    let (queues, vhost) = (ask.spec.nics.iter().map(Nic::queues).sum(), net::tap::vhost_node(&supervisor.host));
     let staged = supervisor.host.is_staged();
     let (grants, host, spec) = (supervisor.grants.clone(), Arc::clone(&supervisor.host), ask.spec.clone());
     let formats: Vec<DiskFormat> = ask.spec.disks.iter().map(|disk| disk.format).collect();
     supervisor
         .act(row, ask.tenancy.slot, "look at the files", move || {
             for (index, (fd, role)) in fds.iter().zip(&roles).enumerate() {
-                // In a rehearsal something stands for a tap, and is none.
-                if role.kind != FdKind::Tap || walls == jail::Walls::Jail {
-                    fd::interrogate(fd, *role, index)?;
-                }
+                fd::interrogate(fd, *role, index)?;
             }
             let disks = fds.iter().enumerate().zip(&roles).filter(|(_, role)| role.name == "disk").map(|(fd, _)| fd);
             for ((index, fd), format) in disks.zip(&formats) {
@@ -269,8 +274,7 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
                     fd::no_external_data(fd, index)?;
                 }
             }
-            let queues = if walls == jail::Walls::Stage { 0 } else { own_taps(&fds, &roles, slot, &nics)? };
-            let vhost = net::tap::vhost(&vhost, queues);
+            let vhost = if walls == jail::Walls::Stage { Vec::new() } else { net::tap::vhost(&vhost, queues) };
             let (program, hashed) = qemu::open(&name, &granted, owner, known)?;
             let libraries = qemu::libraries(&name, &granted)?;
             let lockable = rustix::process::getrlimit(rustix::process::Resource::Memlock).maximum;
@@ -279,21 +283,6 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
             Ok(Facts { program, hashed, fds, libraries, walls, vhost, devices: Vec::new(), lockable, staged, passt, virtiofsd })
         })
         .await?
-}
-
-/// Each tap is the one that was opened for that very card: its name says so, and the kernel says its name (THREATS 1, 5). Gives the number of queues.
-fn own_taps(fds: &[OwnedFd], roles: &[FdRole], slot: Slot, nics: &[Nic]) -> Result<u16, Error> {
-    let mut taps = fds.iter().enumerate().zip(roles).filter(|(_, role)| role.kind == FdKind::Tap).map(|(fd, _)| fd);
-    let mut count = 0;
-    for (number, nic) in (0..).zip(nics) {
-        let Backend::Tap { queues } = &nic.backend else { continue };
-        let nic = NicIndex::new(number).map_err(|error| Error::invalid("spec.nics", error.to_string()))?;
-        for (index, fd) in taps.by_ref().take(queues.get().into()) {
-            net::tun::recognise(fd, &net::tap::name(slot, nic), queues.get()).map_err(|reason| Error::invalid(format!("fds[{index}] (tap)"), reason))?;
-            count += 1;
-        }
-    }
-    Ok(count)
 }
 
 /// Everything that can be refused is refused here.
@@ -346,7 +335,8 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         shares,
         virtiofsd: grants.virtiofsd.clone(),
         program: facts.program.into(),
-        fds: facts.fds.into_iter().chain(facts.vhost).collect(),
+        fds: facts.fds,
+        vhost: facts.vhost,
         libraries: facts.libraries,
         accelerator: spec.accelerator,
         user_mode: spec.nics.iter().any(|nic| matches!(nic.backend, Backend::User { .. })),
@@ -509,6 +499,14 @@ fn told(supervisor: &Supervisor, record: &Record, reason: &str) {
     supervisor.note(&note);
 }
 
+/// What this start gets of what is held for its VM.
+async fn lend(supervisor: &Rc<Supervisor>, row: &'static Operation, vetted: &Vetted<Launch>, ask: &Spawn, before: &Record) -> Result<Lent, Error> {
+    let copies = copies(supervisor, row, ask.tenancy, vetted).await?;
+    let carrier = hold_user(supervisor, row, vetted, before).await?;
+    let queues = net::held::take(supervisor, row, ask.tenancy, &ask.spec.nics).await?;
+    Ok(Lent { copies, queues, carrier })
+}
+
 /// A copy of each mount that the guest is to see.
 async fn copies(supervisor: &Rc<Supervisor>, row: &'static Operation, tenancy: Tenancy, vetted: &Vetted<Launch>) -> Result<Vec<OwnedFd>, Error> {
     let mut copies = Vec::new();
@@ -519,16 +517,9 @@ async fn copies(supervisor: &Rc<Supervisor>, row: &'static Operation, tenancy: T
 }
 
 /// From here on the host changes. What fails leaves no process.
-async fn launch(
-    supervisor: &Rc<Supervisor>,
-    row: &'static Operation,
-    slot: Slot,
-    vetted: Vetted<Launch>,
-    copies: Vec<OwnedFd>,
-    carrier: Carrier,
-) -> Result<Launched, Error> {
+async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot, vetted: Vetted<Launch>, lent: Lent) -> Result<Launched, Error> {
     let ledger = supervisor.ledger.clone();
-    let waiting = supervisor.act(row, slot, "fork QEMU", move || fork(vetted, copies, carrier, &ledger)).await??;
+    let waiting = supervisor.act(row, slot, "fork QEMU", move || fork(vetted, lent, &ledger)).await??;
     if supervisor.scopes
         && let Err(error) = scope::enclose(&waiting.scope, &waiting.children()).await
     {
@@ -547,8 +538,9 @@ impl Waiting {
     }
 }
 
-fn fork(vetted: Vetted<Launch>, copies: Vec<OwnedFd>, carrier: Carrier, ledger: &Ledger) -> Result<Waiting, Error> {
+fn fork(vetted: Vetted<Launch>, lent: Lent, ledger: &Ledger) -> Result<Waiting, Error> {
     let mut launch = vetted.into_inner();
+    let Lent { copies, queues, carrier } = lent;
     let network = reach(&launch, carrier);
     if carrier == Carrier::Slirp {
         launch.passt.clear();
@@ -580,7 +572,8 @@ fn fork(vetted: Vetted<Launch>, copies: Vec<OwnedFd>, carrier: Carrier, ledger: 
         connections.push(connection);
     }
     let mut fds = vec![null, log, log_again, qmp_listener, console_listener, console_log];
-    fds.extend(given.chain(connections));
+    // In the order that `argv` counts on.
+    fds.extend(given.chain(queues).chain(launch.vhost).chain(connections));
     let plan = jail::Plan {
         program: launch.program,
         argv: launch.argv,

@@ -82,12 +82,11 @@ fn main() -> ExitCode {
                 println!("  {count:6} times the kernel had {what}");
             }
             println!(
-                "clean: {} rounds, {} steps, {} kills, {} starts of the supervisor ({} for the packet filter's sake), {took:.1} s, {:.0} rounds a minute, seed {}",
+                "clean: {} rounds, {} steps, {} kills, {} starts of the supervisor, {took:.1} s, {:.0} rounds a minute, seed {}",
                 summary.rounds,
                 summary.steps,
                 summary.kills.values().sum::<u64>(),
                 summary.starts,
-                summary.mended,
                 summary.rounds as f64 * 60.0 / took,
                 settings.seed
             );

@@ -45,6 +45,16 @@ struct UnderWay {
     request: Request,
     lasting: bool,
     asked: Asked,
+    /// The supervisor's start in which it was asked.
+    start: u64,
+}
+
+/// A tap as it was opened.
+struct Opened {
+    mac: Mac,
+    queues: Queues,
+    /// The start of the supervisor that holds it, if no VM was given it since: it goes with that.
+    held_by: Option<u64>,
 }
 
 /// What the worker knows of a name.
@@ -65,7 +75,7 @@ struct Expected {
     alive: BTreeMap<Tenancy, u32>,
     /// VMs that were asked or made to end in this round: whether they run is anybody's guess.
     touched: BTreeSet<Tenancy>,
-    /// Cards of which a tap may be made yet, or was, and its descriptors went to a worker that is no more.
+    /// Cards of which a tap may be made or taken yet, by what nobody hears the answer to.
     astray: BTreeSet<(Tenancy, u16)>,
 }
 
@@ -77,8 +87,8 @@ pub struct Actor<'a> {
     names: BTreeMap<usize, Known>,
     under_way: Vec<UnderWay>,
     expected: Expected,
-    /// Queues of taps that were opened and given to no VM yet, by their slot and card.
-    taps: BTreeMap<(Tenancy, u16), (Mac, Queues, Vec<OwnedFd>)>,
+    /// Taps that were opened, by their slot and card.
+    taps: BTreeMap<(Tenancy, u16), Opened>,
     /// Devices that are bound for a VM, as far as we were told.
     devices: BTreeMap<Tenancy, BTreeSet<Bdf>>,
     /// Mounts that a VM has, as far as we were told.
@@ -104,10 +114,6 @@ pub struct Actor<'a> {
     pub kills: BTreeMap<&'static str, u64>,
     /// How often the kernel did what wrong.
     pub done_wrong: BTreeMap<&'static str, u64>,
-    /// An nft was killed in this round.
-    pub killed_nft: bool,
-    /// How often only the supervisor's next start made the packet filter right.
-    pub mended: u64,
 }
 
 impl<'a> Actor<'a> {
@@ -134,8 +140,6 @@ impl<'a> Actor<'a> {
             answers: BTreeMap::new(),
             kills: BTreeMap::new(),
             done_wrong: BTreeMap::new(),
-            killed_nft: false,
-            mended: 0,
         }
     }
 
@@ -272,11 +276,15 @@ impl<'a> Actor<'a> {
             Ask::Spawn { words, cast } => {
                 let (mut spec, files) = self.host.spec(WORDS[words]);
                 fds = files;
-                // The queues go to the VM with it, and are ours no more.
-                if let Some((mac, queues, tap)) = self.taps.remove(&(tenancy, 0)) {
-                    spec.nics.push(Nic { mac, backend: Backend::Tap { queues } });
-                    fds.extend(tap);
+                // Whether it is held still or must be made anew is the supervisor's affair.
+                if let Some(tap) = self.taps.get(&(tenancy, 0)) {
+                    spec.nics.push(Nic { mac: tap.mac.clone(), backend: Backend::Tap { queues: tap.queues } });
                 }
+                // All that are held go to the VM with it, or away.
+                self.taps.iter_mut().filter(|((of, _), _)| *of == tenancy).for_each(|(_, tap)| tap.held_by = None);
+                let opening = self.under_way.iter().filter_map(|other| if let Request::TapOpen(open) = &other.request { Some(open) } else { None });
+                let cards: Vec<_> = opening.filter(|open| open.tenancy == tenancy).map(|open| (tenancy, open.nic.get())).collect();
+                self.expected.astray.extend(cards);
                 spec.devices.extend(self.devices.get(&tenancy).into_iter().flatten().cloned());
                 self.cast(name, tenancy, cast, &mut spec, &mut fds);
                 Request::VmSpawn(operation::Spawn { tenancy, spec })
@@ -329,19 +337,24 @@ impl<'a> Actor<'a> {
             // The one before it goes, whatever becomes of this.
             let card = (open.tenancy, open.nic.get());
             self.taps.remove(&card);
-            // Two at once: asked again after a death, either may be the later one.
-            let same = |other: &UnderWay| matches!(&other.request, Request::TapOpen(other) if (other.tenancy, other.nic.get()) == card);
+            // Two at once: asked again after a death, either may be the later one. And a start takes it.
+            let same = |other: &UnderWay| match &other.request {
+                Request::TapOpen(other) => (other.tenancy, other.nic.get()) == card,
+                Request::VmSpawn(other) => other.tenancy == card.0,
+                _ => false,
+            };
             if self.under_way.iter().any(same) {
                 self.expected.astray.insert(card);
             }
         }
         let lasting = matches!(ask, Ask::Spawn { words, .. } if words < LASTING);
+        let start = self.host.manager().unit(Unit::Supervisor).starts;
         let asked = self.session().begin(request.clone(), fds);
-        UnderWay { name, request, lasting, asked }
+        UnderWay { name, request, lasting, asked, start }
     }
 
     fn finish(&mut self, under_way: UnderWay) {
-        let UnderWay { name, request, lasting, asked } = under_way;
+        let UnderWay { name, request, lasting, asked, start } = under_way;
         // The session that asked may be gone by now, and its questions with it.
         let Some(answered) = asked.answer() else { return self.forget(&request) };
         let operation = request.operation().name;
@@ -359,7 +372,7 @@ impl<'a> Actor<'a> {
         };
         self.heard.push(format!("{operation} of {}: {told}", label(name)));
         match answered {
-            Ok((reply, fds)) => self.believe(name, &request, &reply, fds, lasting),
+            Ok((reply, fds)) => self.believe(name, &request, &reply, &fds, lasting, start),
             Err(Error::Superseded) => self.forget(&request),
             // A device that hangs, or seems to.
             Err(Error::Timeout { .. }) if operation.starts_with("vfio.") && self.is_slow() => {}
@@ -375,12 +388,9 @@ impl<'a> Actor<'a> {
         }
     }
 
-    fn believe(&mut self, name: usize, request: &Request, reply: &Reply, fds: Vec<OwnedFd>, lasting: bool) {
+    fn believe(&mut self, name: usize, request: &Request, reply: &Reply, fds: &[OwnedFd], lasting: bool, start: u64) {
         let row = request.operation();
-        let expected = match request {
-            Request::TapOpen(ask) => ask.queues.get().into(),
-            _ => row.fds_out.iter().filter(|name| !name.ends_with('?')).count(),
-        };
+        let expected = row.fds_out.iter().filter(|name| !name.ends_with('?')).count();
         let most = expected + row.fds_out.iter().filter(|name| name.ends_with('?')).count();
         if !(expected..=most).contains(&fds.len()) {
             self.wrong.push(format!("{} of {} came with {} descriptors in place of {expected}", row.name, label(name), fds.len()));
@@ -399,9 +409,11 @@ impl<'a> Actor<'a> {
             (Request::MountAttach(ask), Reply::MountAttach(_)) => {
                 self.mounts.entry(ask.tenancy).or_default().insert(ask.share.clone());
             }
-            // Held, so that the tap is there: until a VM gets it, or its slot is released.
-            (Request::TapOpen(ask), Reply::TapOpen(_)) if !self.expected.astray.contains(&(ask.tenancy, ask.nic.get())) => {
-                self.taps.insert((ask.tenancy, ask.nic.get()), (ask.mac.clone(), ask.queues, fds));
+            // Held: until a VM gets it, its slot is released, or this supervisor dies.
+            (Request::TapOpen(ask), Reply::TapOpen(_)) => {
+                let card = (ask.tenancy, ask.nic.get());
+                let held_by = (!self.expected.astray.contains(&card)).then_some(start);
+                self.taps.insert(card, Opened { mac: ask.mac.clone(), queues: ask.queues, held_by });
             }
             _ => {}
         }
@@ -539,7 +551,6 @@ impl<'a> Actor<'a> {
         }
         let what = kernel::role(process);
         self.count(what);
-        self.killed_nft |= what == kernel::NFT;
         // A QEMU that starts ends when it can't agree with a virtiofsd; a stub never asks it.
         if what == kernel::VIRTIOFSD
             && let Some(tenancy) = self.real_qemu_beside(process)
@@ -602,14 +613,6 @@ impl<'a> Actor<'a> {
         [std::process::id().cast_signed(), manager.pid()].into_iter().chain(supervisor).collect()
     }
 
-    /// Waits for a supervisor that is another one than the present.
-    pub fn restart(&mut self) -> Result<(), String> {
-        let before = self.host.manager().unit(Unit::Supervisor);
-        self.host.manager().ask(&stand_in::Ask::Kill(Unit::Supervisor, nix::libc::SIGTERM)).map_err(|error| error.to_string())?;
-        self.host.manager().wait_ready(Unit::Supervisor, before.starts, PATIENCE);
-        Ok(())
-    }
-
     // ---- the end of a round ----
 
     /// Waits for every answer, and for a supervisor that serves one worker. What is wrong by then.
@@ -640,9 +643,11 @@ impl<'a> Actor<'a> {
         }
     }
 
-    /// The taps whose queues we have, of slots that were not released: (slot, card). A release takes a tap away from whoever holds it.
+    /// The taps that the supervisor must hold, of slots that were not released: (slot, card).
     pub fn held_taps(&self) -> Vec<(u64, u64)> {
-        self.taps.keys().filter(|(tenancy, _)| self.expected.held.contains(tenancy)).map(|(tenancy, nic)| (tenancy.slot.get().into(), (*nic).into())).collect()
+        let start = self.host.manager().unit(Unit::Supervisor).starts;
+        let held = self.taps.iter().filter(|((tenancy, _), tap)| tap.held_by == Some(start) && self.expected.held.contains(tenancy));
+        held.map(|((tenancy, nic), _)| (tenancy.slot.get().into(), (*nic).into())).collect()
     }
 
     /// What was promised and is not so.

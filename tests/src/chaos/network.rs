@@ -1,7 +1,7 @@
 //! What the ledger explains of the network: taps with their addresses and routes, and the packet filter's own tables.
 //!
-//! A tap goes with its last descriptor, and the ledger does not hear of it: what it speaks of may be gone. What somebody holds (this run, or a VM that got
-//! it) must be there, where the ledger says, and with rules that hold it to its MAC address. What the filter lets through is compared by what varies in it: the
+//! A tap goes with the supervisor or the QEMU that has it, and the ledger does not hear of it: what it speaks of may be gone. What must be held is
+//! there, where the ledger says, and with rules that hold it to its MAC address; and the supervisor has its queues, unless a VM runs, which has them then. What the filter lets through is compared by what varies in it: the
 //! names of taps, their MAC addresses, published ports, and the users of VMs with a passt.
 
 use super::compare::Explained;
@@ -20,6 +20,8 @@ struct Tap<'a> {
     of: &'a Value,
     /// The ports that lead to it.
     ports: Vec<u64>,
+    /// No VM has it: none runs.
+    waits: bool,
 }
 
 pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, held: &[(u64, u64)], explained: &mut Explained) -> Vec<String> {
@@ -30,13 +32,19 @@ pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, held: &[(u64, u6
     for (slot, nic) in held {
         let name = format!("dvm{slot}n{nic}");
         if names.contains(name.as_str()) && there(&name).is_none() {
-            wrong.push(format!("lost: link {name}, whose descriptors are held"));
+            wrong.push(format!("lost: link {name}, which nobody took"));
         }
     }
     // Whatever is on a tap that the ledger has; how it must be is below.
     for noun in [Noun::Link, Noun::Address, Noun::Route] {
         for fact in now.of(noun).filter(|fact| device(noun, fact).is_some_and(|device| names.contains(device))) {
             explained.may.0.insert((noun, fact.to_owned()), now.count(noun, fact));
+        }
+    }
+    for tap in taps.iter().filter(|tap| tap.waits) {
+        let queues = tap.of["queues"].as_u64().unwrap_or(0);
+        for _ in 0..queues {
+            explained.may.add(Noun::Descriptor, "/dev/net/tun");
         }
     }
     let filter: Vec<&str> =
@@ -100,11 +108,6 @@ pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, held: &[(u64, u6
     wrong
 }
 
-/// Whether a difference is one of rules for what is not there any more.
-pub fn is_of_the_filter(sentence: &str) -> bool {
-    ["left behind: filter", "left behind: file vm/.nft:"].iter().any(|start| sentence.starts_with(start))
-}
-
 fn taps(ledger: &Ledger) -> Vec<Tap<'_>> {
     let list = |of: &'_ Value| of.as_array().cloned().unwrap_or_default();
     let mut all = Vec::new();
@@ -112,7 +115,8 @@ fn taps(ledger: &Ledger) -> Vec<Tap<'_>> {
         for of in record["resources"]["taps"].as_array().into_iter().flatten() {
             let published = list(&record["resources"]["published"]).into_iter().filter(|publication| publication["nic"] == of["nic"]);
             let ports = published.flat_map(|publication| list(&publication["forwards"])).filter_map(|forward| forward["host_port"].as_u64()).collect();
-            all.push(Tap { slot: *slot, name: format!("dvm{slot}n{}", of["nic"]), of, ports });
+            let waits = record["state"] != "running";
+            all.push(Tap { slot: *slot, name: format!("dvm{slot}n{}", of["nic"]), of, ports, waits });
         }
     }
     all
@@ -214,7 +218,7 @@ mod tests {
     #[test]
     fn a_tap_that_is_lost_astray_or_free_is_found() {
         for (facts, held, says) in [
-            (vec![RULES], vec![(3, 0)], "whose descriptors are held"),
+            (vec![RULES], vec![(3, 0)], "which nobody took"),
             (vec![LINK], vec![], "no rule holds it"),
             (vec![(Noun::Link, "ifname dvm3n0 linkinfo.info_kind tun mtu 1500"), RULES], vec![], "not on its bridge"),
             (vec![LINK, RULES, (Noun::Filter, r#"{"set":{"table":"diarch","elem":["dvm4n0"]}}"#)], vec![], "it names dvm4n0"),

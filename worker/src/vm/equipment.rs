@@ -6,7 +6,7 @@
 //! ```
 //!
 //! All of it hangs on the slot: `vm.release` takes it back, and nothing else has to be undone. Each of these operations finds the state that it made, so that
-//! before each start simply all are asked: devices, shares and published ports outlive a QEMU in its slot, and a tap, which goes with its last descriptor, is
+//! before each start simply all are asked: devices, shares and published ports outlive a QEMU in its slot, and a tap, which goes with its QEMU, is
 //! opened anew. A worker that took over in the middle asks the same, and gets the same.
 //!
 //! The ports come before the QEMU: a guest whose ports can't be had is never booted.
@@ -19,7 +19,6 @@ use diarch_ipc::name::{Bdf, NicIndex, ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{DeviceRecord, DeviceState, OpenTap, SlotState, TapOpened};
 use diarch_ipc::spec::DiskAccess;
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -91,8 +90,8 @@ fn functions(record: &DeviceRecord) -> Vec<Bdf> {
 }
 
 impl Vm {
-    /// All that the machine needs of the host, and nothing that it had before and needs no more. Gives the tap's queues.
-    pub(super) async fn equip(&mut self, tenancy: Tenancy, machine: &Machine) -> Result<Vec<OwnedFd>, NotStarted> {
+    /// All that the machine needs of the host, and nothing that it had before and needs no more.
+    pub(super) async fn equip(&mut self, tenancy: Tenancy, machine: &Machine) -> Result<(), NotStarted> {
         self.drop_unwanted(tenancy, machine).await?;
         self.take_devices(tenancy, machine).await?;
         for share in &machine.shares {
@@ -101,8 +100,8 @@ impl Vm {
                 return Err(self.not_had(tenancy, &format!("share {}", share.share), &error).await);
             }
         }
-        let Some(tap) = &machine.tap else { return Ok(Vec::new()) };
-        let (opened, queues) = match self.open_tap(tenancy, machine, tap).await {
+        let Some(tap) = &machine.tap else { return Ok(()) };
+        let opened = match self.open_tap(tenancy, machine, tap).await {
             Ok(opened) => opened,
             Err(error) => return Err(self.not_had(tenancy, &format!("network {}", tap.network), &error).await),
         };
@@ -117,7 +116,7 @@ impl Vm {
                 return Err(self.not_had(tenancy, "its published ports", &error).await);
             }
         }
-        Ok(queues)
+        Ok(())
     }
 
     /// Whether there is anything to ask or to give back.
@@ -215,7 +214,7 @@ impl Vm {
         if intent.want == Want::Run { Ok(()) } else { Err(NotStarted::Refused(intent.why.clone())) }
     }
 
-    async fn open_tap(&self, tenancy: Tenancy, machine: &Machine, tap: &Tap) -> Result<(TapOpened, Vec<OwnedFd>), Error> {
+    async fn open_tap(&self, tenancy: Tenancy, machine: &Machine, tap: &Tap) -> Result<TapOpened, Error> {
         let nic = NicIndex::new(0).map_err(|error| Error::invalid("nic", error.to_string()))?;
         let ask = OpenTap { tenancy, nic, network: tap.network.clone(), mac: machine.mac.clone(), address: tap.address, queues: tap.queues };
         let until = Instant::now() + TAP_LINGERS;

@@ -16,7 +16,7 @@ use std::time::Duration;
 /// The probe's guest runs for some milliseconds; one that hangs is given up by the supervisor long before.
 const KVM_PROBE: Duration = Duration::from_secs(10);
 
-/// The opened files of one start, in the order of [`VmSpec::fds`]; a tap's queues come after them.
+/// The opened files of one start, in the order of [`VmSpec::fds`].
 #[derive(Debug)]
 pub struct Opened {
     pub fds: Vec<OwnedFd>,

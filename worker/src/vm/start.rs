@@ -94,11 +94,10 @@ impl Vm {
         };
         let tenancy = tenancy.map_err(|error| judge(&error))?;
         let slot = tenancy.slot;
-        let mut fds = fds;
         let _permit = if self.needs_equipment(&desired.machine) {
             // A driver can take a minute to let go of its device: nobody waits for it in here.
             drop(permit);
-            fds.extend(self.equip(tenancy, &desired.machine).await?);
+            self.equip(tenancy, &desired.machine).await?;
             context.starts.acquire().await.ok()
         } else {
             permit

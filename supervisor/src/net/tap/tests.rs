@@ -138,3 +138,17 @@ fn ports_that_lead_to_an_address_go_when_the_card_gets_another() {
     let left = |ask: &OpenTap| vet(&grants(), &slots, ask, &facts()).unwrap().record.resources.published.len();
     assert_eq!((left(&old), left(&OpenTap { queues: Queues::new(2).unwrap(), ..old.clone() }), left(&ask("lan"))), (1, 1, 0));
 }
+
+#[test]
+fn queues_that_wait_are_counted_over_all_vms_without_the_cards_own_and_have_an_end() {
+    let held = |count| Held { queues: (0..count).map(|_| std::fs::File::open("/dev/null").unwrap().into()).collect(), index: 1, master: None };
+    let nic = |number| NicIndex::new(number).unwrap();
+    let mut slots = BTreeMap::from([vm(0, Vec::new()), vm(1, Vec::new())]);
+    let [first, second] = [0, 1].map(|slot| Slot::new(slot).unwrap());
+    slots.get_mut(&first).unwrap().taps.extend([(nic(0), held(2)), (nic(1), held(1))]);
+    slots.get_mut(&second).unwrap().taps.insert(nic(0), held(4));
+    assert_eq!(held::waiting(&slots, first, nic(0)), 5, "asked again, its own go");
+    assert_eq!(held::waiting(&slots, first, nic(2)), 7);
+    held::room(held::MAX_QUEUES - 2, Queues::new(2).unwrap()).unwrap();
+    assert_eq!(held::room(held::MAX_QUEUES - 1, Queues::new(2).unwrap()).unwrap_err().kind(), "exhausted");
+}

@@ -1,7 +1,7 @@
 use super::*;
 use crate::ledger::Process;
 use diarch_ipc::Request;
-use diarch_ipc::name::{Cpus, Label, Mac, MiB, NetworkName, Port, Queues, Tenancy};
+use diarch_ipc::name::{Cpus, Label, Mac, MiB, NetworkName, NicIndex, Port, Queues, Tenancy};
 use diarch_ipc::operation::ExitStatus;
 
 fn grants() -> Grants {

@@ -6,7 +6,6 @@ use diarch_ipc::name::{Forward, IpText, Mac, NetworkName, NicIndex, Port, Protoc
 use diarch_ipc::operation::{OpenTap, Publish, Request};
 use diarch_tests::host::{Host, Session};
 use diarch_tests::netns::{self, create_tap, ip, run as program};
-use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -31,11 +30,11 @@ pub fn run() {
     thread.join().expect("the part's thread");
 }
 
-fn open(session: &Session, tenancy: Tenancy, nic: u64) -> Vec<OwnedFd> {
+fn open(session: &Session, tenancy: Tenancy, nic: u64) {
     let mac = Mac::new(format!("52:54:00:00:{:02x}:{nic:02x}", tenancy.slot.get())).expect("a MAC address");
     let (nic, network, queues) = (NicIndex::new(nic).expect("in range"), NetworkName::new("p2p").expect("a name"), Queues::new(1).expect("in range"));
     let ask = OpenTap { tenancy, nic, network, mac, address: None, queues };
-    session.ask(Request::TapOpen(ask), Vec::new()).expect("tap.open").1
+    session.ask(Request::TapOpen(ask), Vec::new()).expect("tap.open");
 }
 
 /// Our two tables as they are, as a script that replaces them.
@@ -56,15 +55,15 @@ fn nft(file: &std::path::Path) {
 }
 
 fn tap_open(host: &Host, session: &Session) {
-    let tenancy = session.claim("one").tenancy;
     let (mut ours, mut bare) = (Vec::new(), Vec::new());
     for run in 0..=RUNS {
+        let tenancy = session.claim("one").tenancy;
         let started = Instant::now();
-        let fds = open(session, tenancy, 0);
+        open(session, tenancy, 0);
         let took = milliseconds(started.elapsed());
         let file = tables(host);
-        // It takes a while for an interface to go, and nobody waits for it.
-        drop(fds);
+        // The slot is free again, and with it the tap's name.
+        session.release(tenancy);
         let started = Instant::now();
         let tap = create_tap("dvm0n0");
         nft(&file);
@@ -75,7 +74,6 @@ fn tap_open(host: &Host, session: &Session) {
             bare.push(alone);
         }
     }
-    session.release(tenancy);
     line("tap_open", median(ours), "ms", median(bare));
 }
 
@@ -91,9 +89,8 @@ fn publish(host: &Host, session: &Session) {
         let ask = Publish { tenancy, nic: NicIndex::new(nic).expect("in range"), forwards: ports.map(forward).collect() };
         session.ask(Request::NetPublish(ask), Vec::new()).expect("net.publish");
     };
-    let mut held = Vec::new();
     let first = session.claim("first").tenancy;
-    held.push(open(session, first, 0));
+    open(session, first, 0);
     let measure = |name: &str, others: u64| {
         let (mut ours, mut bare) = (Vec::new(), Vec::new());
         for run in 0..=RUNS as u64 {
@@ -118,7 +115,7 @@ fn publish(host: &Host, session: &Session) {
         let tenancy = session.claim(&format!("more{vm}")).tenancy;
         for nic in 0..4 {
             let some = left.min(EACH);
-            held.push(open(session, tenancy, nic));
+            open(session, tenancy, nic);
             set(tenancy, nic, next..next + some);
             (left, next) = (left - some, next + some);
             if left == 0 {

@@ -17,6 +17,7 @@ use diarch_ipc::operation::{self, DeviceState, Example, ExitStatus, FunctionReco
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use std::collections::{HashMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -170,10 +171,6 @@ impl Desk {
                 let group = Self::group(&ask.function);
                 self.devices.retain(|record| functions(record) != group);
                 Reply::VfioRelease(operation::Unbound { existed: true })
-            }
-            Request::TapOpen(ask) => {
-                out = (0..ask.queues.get()).map(|_| std::fs::File::open("/dev/null").unwrap().into()).collect();
-                Reply::TapOpen(operation::TapOpened::example())
             }
             other => Reply::examples().into_iter().zip(Request::examples()).find(|(_, example)| example.operation().name == other.operation().name).unwrap().0,
         };
