@@ -198,7 +198,8 @@ operations! {
         secret_fields: &[],
         grant: &[],
         reason: "Undoes all that stands under a slot, in reverse: a process of another user is ended, root's directory is removed.",
-        deadline_ms: 10_000,
+        // What is killed may take 8 s to end, and what ran beside it as long; the packet filter 5 s; devices are waited for 30 s, and go on by themselves.
+        deadline_ms: 60_000,
     }
     VmSpawn("vm.spawn"): Spawn => Spawned {
         class: Class::Once,
@@ -678,8 +679,29 @@ pub struct DeviceRecord {
     /// Whose it is: a VM's slot and label.
     pub slot: Option<Slot>,
     pub label: Option<Label>,
+    /// How a QEMU has it, while one does.
+    pub passing: Option<Passing>,
     /// Why it is quarantined, if it is.
     pub trouble: Option<String>,
+}
+
+/// How a QEMU has a group's functions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Passing {
+    /// By the group's node `/dev/vfio/GROUP`, which its user may open.
+    Group,
+    /// As descriptors: one of `/dev/iommu`, and one of each function's own node. It has no node, and no other function of the group.
+    Iommufd,
+}
+
+impl Passing {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Passing::Group => "group",
+            Passing::Iommufd => "iommufd",
+        }
+    }
 }
 
 /// One PCI function of a group.

@@ -243,9 +243,9 @@ impl Tree {
         Ok(names)
     }
 
-    /// The links in a directory whose text begins with `/`, each with its name: of a process's descriptors, those that a path leads to.
-    pub fn paths_in(&self, directory: &OwnedFd) -> io::Result<Vec<(String, String)>> {
-        let mut paths = Vec::new();
+    /// The links in a directory whose text is wanted, each with its name.
+    pub fn links_in(&self, directory: &OwnedFd, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<(String, String)>> {
+        let mut links = Vec::new();
         let (mut buffer, mut text) = (Vec::with_capacity(CHUNK), [MaybeUninit::<u8>::uninit(); MAX_LINK]);
         let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
         while let Some(entry) = entries.next() {
@@ -257,11 +257,12 @@ impl Tree {
                 read => there(read.map_err(io::Error::from))?,
             };
             let Some((text, _)) = text else { continue };
-            if let (b'/', Ok(name)) = (text.first().copied().unwrap_or_default(), entry.file_name().to_str()) {
-                paths.push((name.to_owned(), String::from_utf8_lossy(text).into_owned()));
+            let text = String::from_utf8_lossy(text);
+            if let (true, Ok(name)) = (wanted(&text), entry.file_name().to_str()) {
+                links.push((name.to_owned(), text.into_owned()));
             }
         }
-        Ok(paths)
+        Ok(links)
     }
 
     /// How many directories are in a directory, whatever is shown of them: the kernel counts one link for each, and two for itself (kernfs; where a file system counts

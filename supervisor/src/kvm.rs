@@ -96,7 +96,7 @@ fn run_probe(uid: u32, walls: jail::Walls) -> Result<KvmVerdict, Error> {
         sandbox: jail::Sandbox::Ours,
         walls,
     };
-    let pidfd = jail::fork(plan)?.open(PATIENCE)?;
+    let pidfd = jail::fork(plan)?.open(PATIENCE).map_err(|failed| failed.error)?;
     let ended = crate::process::wait_ended(&pidfd, PATIENCE).map_err(io)?;
     if !ended {
         let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);

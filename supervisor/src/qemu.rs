@@ -21,6 +21,19 @@ struct Identity {
     changed: (i64, i64),
 }
 
+impl Identity {
+    fn of(file: &File) -> std::io::Result<Self> {
+        let meta = file.metadata()?;
+        Ok(Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.size(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        })
+    }
+}
+
 /// The hashes that were already computed.
 #[derive(Debug, Default)]
 pub struct HashCache {
@@ -33,6 +46,38 @@ impl HashCache {
     }
     pub fn put(&self, path: &Path, hashed: Hashed) {
         self.known.borrow_mut().insert(path.to_owned(), (hashed.identity, hashed.hash));
+    }
+}
+
+/// What each granted binary said of itself.
+#[derive(Debug, Default)]
+pub struct Abilities {
+    known: RefCell<HashMap<PathBuf, Ability>>,
+}
+
+impl Abilities {
+    pub fn get(&self, path: &Path) -> Option<Ability> {
+        self.known.borrow().get(path).copied()
+    }
+    pub fn put(&self, path: &Path, ability: Ability) {
+        self.known.borrow_mut().insert(path.to_owned(), ability);
+    }
+}
+
+/// What a binary said, and the file that said it.
+#[derive(Debug, Clone, Copy)]
+pub struct Ability {
+    identity: Identity,
+    pub iommufd: bool,
+}
+
+impl Ability {
+    pub fn of(file: &File, iommufd: bool) -> std::io::Result<Self> {
+        Ok(Self { identity: Identity::of(file)?, iommufd })
+    }
+    /// Whether it is this file that said so.
+    pub fn is_of(&self, file: &File) -> bool {
+        Identity::of(file).is_ok_and(|identity| identity == self.identity)
     }
 }
 
@@ -60,13 +105,7 @@ pub fn open_program(what: &str, granted: &Program, owner: u32, known: Option<Has
         return Err(refuse(format!("{} can't be executed by everybody, and VMs' users belong to no group", real.display())));
     }
     let Some(wanted) = &granted.sha256 else { return Ok((file, None)) };
-    let identity = Identity {
-        device: meta.dev(),
-        inode: meta.ino(),
-        size: meta.size(),
-        modified: (meta.mtime(), meta.mtime_nsec()),
-        changed: (meta.ctime(), meta.ctime_nsec()),
-    };
+    let identity = Identity::of(&file).map_err(|error| Error::io("stat the program", &error))?;
     let hashed = match known {
         Some(hashed) if hashed.identity == identity => hashed,
         _ => Hashed { identity, hash: hash(&mut file).map_err(|error| Error::io("hash the program", &error))? },

@@ -113,6 +113,7 @@ pub fn run(settings: &Settings, inherited: Inherited) -> Result<(), StartError> 
         devices,
         sessions: crate::session::Sessions::default(),
         hashes: crate::qemu::HashCache::default(),
+        abilities: crate::qemu::Abilities::default(),
         qemu_grants,
         started_ms: now_ms(),
         kernel,

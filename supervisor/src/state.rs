@@ -6,11 +6,11 @@ use crate::helper::Helpers;
 use crate::host::Host;
 use crate::ledger::{Ledger, Record};
 use crate::limiter::Limiter;
-use crate::qemu::HashCache;
+use crate::qemu::{Abilities, HashCache};
 use crate::session::Sessions;
 use crate::vfio::Devices;
 use diarch_ipc::Error;
-use diarch_ipc::name::{NicIndex, RequestId, ShareName, Slot, Tenancy};
+use diarch_ipc::name::{Label, NicIndex, RequestId, ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{Event, KvmVerdict, Operation, Reply, Request, SlotState};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -33,6 +33,7 @@ pub struct Supervisor {
     pub devices: Devices,
     pub sessions: Sessions,
     pub hashes: HashCache,
+    pub abilities: Abilities,
     pub qemu_grants: Vec<diarch_ipc::operation::QemuGrant>,
     pub started_ms: u64,
     pub kernel: String,
@@ -76,6 +77,8 @@ pub struct Vm {
     pub adopted: bool,
     /// The step that does not end, if one doesn't.
     pub quarantined: Option<String>,
+    /// What was killed and does not end (`vm::lingering`).
+    pub lingering: Vec<Rc<OwnedFd>>,
     /// One operation at a time changes a slot.
     pub lock: std::sync::Arc<Mutex<()>>,
 }
@@ -90,13 +93,14 @@ impl Vm {
             taps: BTreeMap::new(),
             adopted: false,
             quarantined: None,
+            lingering: Vec::new(),
             lock: std::sync::Arc::default(),
         }
     }
 
     /// The state as others see it.
     pub fn state(&self) -> SlotState {
-        if self.quarantined.is_some() { SlotState::Quarantined } else { self.record.state }
+        if self.quarantined.is_some() || !self.lingering.is_empty() { SlotState::Quarantined } else { self.record.state }
     }
 }
 
@@ -190,10 +194,14 @@ impl Supervisor {
             vm.record.label.clone()
         };
         if let Some(reason) = reason {
-            tracing::error!(%slot, %label, %reason, "slot quarantined");
-            self.note(&format!("slot {slot} quarantined: {reason}"));
-            self.sessions.tell(Event::VmQuarantined { slot, label, reason });
+            self.tell_quarantined(slot, label, reason);
         }
+    }
+
+    pub fn tell_quarantined(&self, slot: Slot, label: Label, reason: String) {
+        tracing::error!(%slot, %label, %reason, "slot quarantined");
+        self.note(&format!("slot {slot} quarantined: {reason}"));
+        self.sessions.tell(Event::VmQuarantined { slot, label, reason });
     }
 
     /// As [`Supervisor::note`], for what anybody can cause by connecting: a storm of it must not fill the audit's disk.
@@ -215,7 +223,6 @@ impl Supervisor {
 mod tests {
     use super::*;
     use diarch_ipc::OPERATIONS;
-    use diarch_ipc::name::Label;
     use std::time::Instant;
 
     fn supervisor(directory: &std::path::Path) -> Rc<Supervisor> {
@@ -233,6 +240,7 @@ mod tests {
             devices: Devices::open(directory).unwrap(),
             sessions: Sessions::default(),
             hashes: HashCache::default(),
+            abilities: Abilities::default(),
             qemu_grants: Vec::new(),
             started_ms: 0,
             kernel: String::new(),

@@ -6,6 +6,7 @@
 //!   ROOT/sys/bus/pci/...       devices, drivers with `bind` and `unbind`, `drivers_probe`
 //!   ROOT/sys/kernel/...        IOMMU groups
 //!   ROOT/dev/vfio/N            appears a moment after the last function of group N is vfio-pci's
+//!   ROOT/dev/vfio/devices/     and each function's own, where the kernel has iommufd ([`Stage::iommufd`])
 //!   ROOT/proc/...              mounts, swap, routes, and who has which node open
 //!   ROOT/natural/BDF           the driver that the function has when nobody says otherwise
 //! ```
@@ -382,6 +383,19 @@ impl Stage {
         put(&self.root.join(format!("proc/driver/nvidia/gpus/{function}/information")), &format!("Model: \t\t H100\nDevice Minor: \t {minor}\n"));
     }
 
+    /// The kernel has iommufd: from now on each function that is vfio-pci's has a node of its own.
+    pub fn iommufd(&self) {
+        put(&self.sys().join("class/misc/iommu/dev"), "10:259\n");
+        put(&self.root.join("dev/iommu"), "");
+        fs::create_dir_all(self.root.join("dev/vfio/devices")).expect("mkdir");
+    }
+
+    /// The function's own node, below `dev`.
+    pub fn own_node(&self, function: &str) -> Option<String> {
+        let mut names = fs::read_dir(self.sys().join(self.place(function)).join("vfio-dev")).ok()?.flatten();
+        Some(format!("vfio/devices/{}", names.next()?.file_name().to_string_lossy()))
+    }
+
     // ---- what the host does with it ----
 
     pub fn mount(&self, mountinfo: &str) {
@@ -671,6 +685,17 @@ impl Kernel {
         let (sys, place) = (self.root.join("sys"), self.below_sys(&path));
         link(&sys, &format!("bus/pci/drivers/{driver}/{function}"), &place);
         link(&sys, &format!("{place}/driver"), &format!("bus/pci/drivers/{driver}"));
+        if driver == VFIO && self.root.join("dev/iommu").exists() {
+            let nodes = self.root.join("dev/vfio/devices");
+            let number = (0..).find(|number| !nodes.join(format!("vfio{number}")).exists()).expect("a number");
+            let own = path.join(format!("vfio-dev/vfio{number}"));
+            put(&own.join("dev"), &format!("511:{number}\n"));
+            put(&own.join("uevent"), &format!("MAJOR=511\nMINOR={number}\nDEVNAME=vfio/devices/vfio{number}\n"));
+            link(&sys, &format!("{place}/vfio-dev/vfio{number}/subsystem"), "class/vfio-dev");
+            let node = nodes.join(format!("vfio{number}"));
+            put(&node, "");
+            let _ = fs::set_permissions(node, fs::Permissions::from_mode(0o600));
+        }
         if let (VFIO, Some(group)) = (driver, self.group(function)) {
             std::thread::sleep(NODE_DELAY);
             let node = self.root.join("dev/vfio").join(group);
@@ -686,6 +711,10 @@ impl Kernel {
         let Some(path) = self.place(function) else { return };
         let group = self.group(function);
         let _ = fs::remove_file(self.root.join("sys/bus/pci/drivers").join(driver).join(function));
+        for own in fs::read_dir(path.join("vfio-dev")).into_iter().flatten().flatten() {
+            let _ = fs::remove_file(self.root.join("dev/vfio/devices").join(own.file_name()));
+        }
+        let _ = fs::remove_dir_all(path.join("vfio-dev"));
         self.settle_node(group.as_deref(), function);
         let _ = fs::remove_file(path.join("driver"));
     }

@@ -475,7 +475,8 @@ fn what_can_not_be_put_into_a_jail_is_named_and_nothing_runs() {
     need!(Root, Kernel(6, 5));
     let directory = tempfile::tempdir().unwrap();
     let before = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let refused = |root: Root| jail::fork(plan(directory.path(), "", root).0).and_then(|gated| gated.open(SOON)).unwrap_err().to_string();
+    let refused =
+        |root: Root| jail::fork(plan(directory.path(), "", root).0).and_then(|gated| gated.open(SOON).map_err(|failed| failed.error)).unwrap_err().to_string();
     let missing = refused(Root::of_a_program().node("/dev/no-such-node"));
     assert!(missing.contains("/dev/no-such-node") && missing.contains("No such file"), "{missing}");
     // What only the child can find out comes over the gate: this directory is hidden by the mount above it.

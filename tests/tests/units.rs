@@ -181,7 +181,7 @@ fn what_the_supervisor_forks_is_not_kept_from_its_work() {
     let devices: BTreeSet<&str> = unit.all("DeviceAllow").filter_map(|line| line.value.split_whitespace().next()).collect();
     assert_eq!(
         devices.into_iter().collect::<Vec<_>>(),
-        ["/dev/kvm", "/dev/loop-control", "/dev/net/tun", "/dev/vfio/vfio", "/dev/vhost-net", "block-loop", "char-vfio"]
+        ["/dev/iommu", "/dev/kvm", "/dev/loop-control", "/dev/net/tun", "/dev/vhost-net", "block-loop", "char-vfio", "char-vfio-dev"]
     );
     assert_eq!(unit.one("DevicePolicy"), Some("closed"));
 }

@@ -6,7 +6,8 @@ use diarch_ipc::Error;
 use diarch_ipc::frame::Outcome;
 use diarch_ipc::name::{Bdf, Label, RequestId, Tenancy};
 use diarch_ipc::operation::{
-    Bind, Claim, DeviceRecord, DeviceState, Event, HostInventory, Inventory, Recover, Release, Reply, Request, Signal, SignalKind, SlotState, Spawn, Unbind,
+    Bind, Claim, DeviceRecord, DeviceState, Event, HostInventory, Inventory, Passing, Recover, Release, Reply, Request, Signal, SignalKind, SlotState, Spawn,
+    Unbind,
 };
 use diarch_tests::host::{Host, Session, assert_same};
 use diarch_tests::need;
@@ -622,6 +623,127 @@ fn a_device_is_opened_to_its_vms_user_while_the_vm_runs_and_must_answer_when_it_
     spawn(&scene.host, &mut raw, tenancy, &[GPU], "").unwrap();
     release(&mut raw, tenancy);
     scene.stage.assert_as(&before, "in the end");
+}
+
+/// What the process has as this descriptor.
+fn descriptor(pid: u32, number: &serde_json::Value) -> std::path::PathBuf {
+    std::fs::read_link(format!("/proc/{pid}/fd/{}", number.as_str().unwrap())).unwrap()
+}
+
+/// What of the stage's `/dev` a process has open.
+fn nodes_of(stage: &Stage, pid: impl std::fmt::Display) -> Vec<std::path::PathBuf> {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    files.filter_map(|file| std::fs::read_link(file.path()).ok()).filter(|path| path.starts_with(stage.root().join("dev")) && path.is_file()).collect()
+}
+
+#[test]
+fn where_kernel_and_qemu_have_it_a_vm_gets_its_functions_as_descriptors_and_no_node_is_opened_to_it() {
+    need!(Root, Kernel(6, 5));
+    let scene = scene(&[Shape::SingleGpu], ALL, Stage::iommufd);
+    let before = scene.stage.snapshot();
+    let mut raw = scene.host.raw();
+    let tenancy = claim(&mut raw, "vm");
+    assert_eq!(bind(&mut raw, tenancy, GPU).unwrap().passing, None);
+    let bound = scene.stage.snapshot();
+    let pid = spawn(&scene.host, &mut raw, tenancy, &[AUDIO, GPU], "").unwrap();
+    let attached = device(&mut raw, 12).unwrap();
+    assert_eq!((attached.state, attached.passing), (DeviceState::Attached, Some(Passing::Iommufd)));
+    scene.stage.assert_as(&bound, "nothing of it is opened to anybody by its name");
+    let argv = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+    let json: Vec<serde_json::Value> = argv.split(|byte| *byte == 0).filter_map(|argument| serde_json::from_slice(argument).ok()).collect();
+    let iommu = json.iter().find(|argument| argument["qom-type"] == "iommufd").unwrap();
+    assert_eq!(descriptor(pid, &iommu["fd"]), scene.stage.root().join("dev/iommu"));
+    for (function, place) in [(GPU, "0.0"), (AUDIO, "0.1")] {
+        let argument = json.iter().find(|argument| argument["driver"] == "vfio-pci" && argument["addr"] == place).unwrap();
+        assert_eq!(argument.get("sysfsdev"), None);
+        assert_eq!(descriptor(pid, &argument["fd"]), scene.stage.root().join("dev").join(scene.stage.own_node(function).unwrap()), "{function}");
+    }
+    assert_eq!(nodes_of(&scene.stage, pid).len(), 3, "and nothing besides");
+    assert!(nodes_of(&scene.stage, scene.host.supervisor_pid()).is_empty(), "the supervisor keeps none: a driver could not be taken from what is open");
+    // A restarted supervisor leaves it where it is.
+    drop(raw);
+    scene.host.manager().kill_and_wait(Unit::Supervisor);
+    let mut raw = scene.host.raw();
+    assert_eq!(device(&mut raw, 12).unwrap().passing, Some(Passing::Iommufd));
+    ask(&mut raw, Request::VmSignal(Signal { tenancy, signal: SignalKind::Kill })).unwrap();
+    eventually("bound again", Duration::from_secs(3), || device(&mut raw, 12).is_some_and(|d| (d.state, d.passing) == (DeviceState::Bound, None)));
+
+    // What stands in a node's place is not opened, and nothing is left of the try.
+    let own = scene.stage.root().join("dev").join(scene.stage.own_node(GPU).unwrap());
+    std::fs::remove_file(&own).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &own).unwrap();
+    let error = spawn(&scene.host, &mut raw, tenancy, &[GPU], "").unwrap_err();
+    assert!(error.to_string().contains("open /dev/vfio/devices/vfio"), "{error}");
+    assert_eq!(device(&mut raw, 12).unwrap().state, DeviceState::Bound);
+    std::fs::remove_file(&own).unwrap();
+    // Without it, the group's way is left.
+    spawn(&scene.host, &mut raw, tenancy, &[GPU], "").unwrap();
+    assert_eq!(device(&mut raw, 12).unwrap().passing, Some(Passing::Group));
+    assert!(access_list(&scene.stage, 12).is_some());
+    release(&mut raw, tenancy);
+    scene.stage.assert_as(&before, "in the end");
+}
+
+#[test]
+fn root_can_keep_devices_to_their_groups_nodes() {
+    need!(Root, Kernel(6, 5));
+    let scene = scene(&[Shape::SingleGpu], &format!("{ALL}]\niommufd = false # ["), Stage::iommufd);
+    let mut raw = scene.host.raw();
+    let tenancy = claim(&mut raw, "vm");
+    bind(&mut raw, tenancy, GPU).unwrap();
+    let pid = spawn(&scene.host, &mut raw, tenancy, &[GPU], "").unwrap();
+    assert_eq!(device(&mut raw, 12).unwrap().passing, Some(Passing::Group));
+    assert!(access_list(&scene.stage, 12).is_some() && nodes_of(&scene.stage, pid).is_empty());
+}
+
+#[test]
+fn a_device_that_somebody_kept_is_given_to_nobody_until_he_has_let_go_and_it_was_reset() {
+    need!(Root, Kernel(6, 5));
+    for iommufd in [false, true] {
+        let scene = scene(&[Shape::SingleGpu], ALL, |stage| {
+            if iommufd {
+                stage.iommufd()
+            }
+        });
+        let before = scene.stage.snapshot();
+        let session = scene.host.session();
+        let tenancy = session.claim("vm").tenancy;
+        let ask = |request| session.ask(request, Vec::new());
+        ask(Request::VfioBind(Bind { tenancy, function: bdf(GPU) })).unwrap();
+        let spawn = || {
+            let (mut spec, fds) = scene.host.spec("");
+            spec.devices = vec![bdf(GPU)];
+            session.ask(Request::VmSpawn(Spawn { tenancy, spec }), fds)
+        };
+        spawn().unwrap();
+        // A QEMU that was taken over has handed it on.
+        let node = if iommufd { format!("/dev/{}", scene.stage.own_node(GPU).unwrap()) } else { "/dev/vfio/12".into() };
+        scene.stage.process(4711, "diarch-worker", &[&node]);
+        ask(Request::VmSignal(Signal { tenancy, signal: SignalKind::Kill })).unwrap();
+        let (_, group, reason) = quarantined(&session, Duration::from_secs(6));
+        assert!(group == 12 && reason.contains(&format!("diarch-worker (pid 4711) has {node} open")), "{reason}");
+        assert_eq!(spawn().unwrap_err().kind(), "wrong-state");
+        for request in [Request::VfioRecover(Recover { tenancy, function: bdf(GPU) }), Request::VfioRelease(Unbind { tenancy, function: bdf(GPU) })] {
+            let error = ask(request).unwrap_err();
+            assert!(error.to_string().contains("pid 4711"), "{error}");
+            assert_eq!(scene.stage.driver_of(GPU).as_deref(), Some("vfio-pci"), "no driver was asked to let go of what is open");
+        }
+        scene.stage.end_process(4711);
+        ask(Request::VfioRecover(Recover { tenancy, function: bdf(GPU) })).unwrap();
+        assert_eq!(one_of(session.inventory(), 12).unwrap().state, DeviceState::Bound);
+        // A release of the whole VM does not hand it to the host's driver either.
+        spawn().unwrap();
+        scene.stage.process(4711, "diarch-worker", &[&node]);
+        assert!(session.release(tenancy).existed);
+        let left = one_of(session.inventory(), 12).unwrap();
+        assert_eq!((left.state, left.slot), (DeviceState::Quarantined, None));
+        assert!(left.trouble.unwrap().contains("pid 4711"));
+        scene.stage.end_process(4711);
+        let next = session.claim("next").tenancy;
+        ask(Request::VfioRelease(Unbind { tenancy: next, function: bdf(GPU) })).unwrap();
+        session.release(next);
+        scene.stage.assert_as(&before, "in the end");
+    }
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn forward() -> Forward {
 }
 fn device() -> DeviceRecord {
     let function = FunctionRecord { function: function(), vendor: 0x10de, device: 0x2330, class: 0x03_0200, mmio_mib: 131_105, resettable: true };
-    DeviceRecord { group: 7, state: DeviceState::Bound, functions: vec![function], slot: Some(slot()), label: Some(label()), trouble: None }
+    DeviceRecord { group: 7, state: DeviceState::Bound, functions: vec![function], slot: Some(slot()), label: Some(label()), passing: None, trouble: None }
 }
 
 impl Example for Inventory {

@@ -10,12 +10,14 @@ pub struct Devices {
     pub allow: Vec<DeviceGrant>,
     /// How long one step (a driver that lets go of a function, say) may take before the device is quarantined.
     pub step_seconds: u32,
+    /// Where kernel and QEMU have it, functions go to a VM as descriptors of iommufd's. Not: by their groups' nodes.
+    pub iommufd: bool,
 }
 
 impl Default for Devices {
     fn default() -> Self {
         // A GPU's driver takes some seconds over it; the longest seen were below ten.
-        Self { allow: Vec::new(), step_seconds: 20 }
+        Self { allow: Vec::new(), step_seconds: 20, iommufd: true }
     }
 }
 

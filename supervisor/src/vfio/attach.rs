@@ -2,11 +2,11 @@
 
 use super::devices::Lock;
 use super::record::Record;
-use super::{node, sysfs};
+use super::{held, node, sysfs};
 use crate::state::Supervisor;
 use diarch_ipc::Error;
 use diarch_ipc::name::{Bdf, Slot, Tenancy};
-use diarch_ipc::operation::{DeviceState, Operation};
+use diarch_ipc::operation::{DeviceState, Operation, Passing};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -58,13 +58,21 @@ impl Attachment {
         self.groups.iter().filter_map(|group| supervisor.devices.get(*group)).collect()
     }
 
-    /// Writes down that the VM has them, and opens their nodes to its user. What fails leaves them bound.
-    pub async fn attach(&self, supervisor: &Rc<Supervisor>, row: &Operation, slot: Slot, uid: u32) -> Result<(), Error> {
+    /// Writes down that the VM has them, and opens their nodes to its user, unless it gets them as descriptors. What fails leaves them bound.
+    pub async fn attach(&self, supervisor: &Rc<Supervisor>, row: &Operation, slot: Slot, uid: u32, passing: Passing) -> Result<(), Error> {
         if self.groups.is_empty() {
             return Ok(());
         }
+        let attached = |record| Record { state: DeviceState::Attached, passing: Some(passing), ..record };
+        if passing == Passing::Iommufd {
+            let done = self.records(supervisor).into_iter().try_for_each(|record| supervisor.devices.put(attached(record)));
+            if done.is_err() {
+                self.detach(supervisor, row, slot).await;
+            }
+            return done;
+        }
         if supervisor.host.rehearses(|| format!("open /dev/vfio/{:?} to user {uid}", self.groups)) {
-            return self.records(supervisor).into_iter().try_for_each(|record| supervisor.devices.put(Record { state: DeviceState::Attached, ..record }));
+            return self.records(supervisor).into_iter().try_for_each(|record| supervisor.devices.put(attached(record)));
         }
         let done = self.open(supervisor, row, slot, uid).await;
         if done.is_err() {
@@ -82,7 +90,7 @@ impl Attachment {
             })
             .await??;
         for (record, mode) in self.records(supervisor).into_iter().zip(&modes) {
-            supervisor.devices.put(Record { state: DeviceState::Attached, node_mode: Some(*mode), ..record })?;
+            supervisor.devices.put(Record { state: DeviceState::Attached, passing: Some(Passing::Group), node_mode: Some(*mode), ..record })?;
         }
         let (host, groups) = (Arc::clone(&supervisor.host), self.groups.clone());
         let open = move || {
@@ -100,7 +108,7 @@ impl Attachment {
                 .act(row, slot, "close the device nodes", move || closing.node_mode.map_or(Ok(()), |mode| node::close(&host, closing.group, mode)))
                 .await;
             match closed {
-                Ok(Ok(())) => supervisor.devices.put_or_believe(Record { state: DeviceState::Bound, node_mode: None, ..record }),
+                Ok(Ok(())) => supervisor.devices.put_or_believe(Record { state: DeviceState::Bound, passing: None, node_mode: None, ..record }),
                 Ok(Err(error)) => supervisor.quarantine_device(record.group, format!("its node could not be closed to the VM's user: {error}")),
                 Err(error) => supervisor.quarantine_device(record.group, format!("its node could not be closed to the VM's user: {error}")),
             }
@@ -132,13 +140,14 @@ pub(super) async fn settle(supervisor: &Rc<Supervisor>, record: Record, mut lock
         progress.undoing("look whether it answers".into());
         let closed = record.node_mode.map_or(Ok(()), |mode| node::close(host, record.group, mode));
         closed.map_err(|error| format!("its node could not be closed to the VM's user: {error}"))?;
+        held::by_nobody(host, record)?;
         sysfs::verify(host, record).map_err(|error| error.to_string())?;
         sysfs::answers(host, record)
     };
     let after = |supervisor: &Rc<Supervisor>, group: u32, done: Result<(), String>| {
         let Some(record) = supervisor.devices.get(group) else { return };
         match done {
-            Ok(()) => supervisor.devices.put_or_believe(Record { state: DeviceState::Bound, node_mode: None, trouble: None, ..record }),
+            Ok(()) => supervisor.devices.put_or_believe(Record { state: DeviceState::Bound, passing: None, node_mode: None, trouble: None, ..record }),
             Err(trouble) => supervisor.quarantine_device(group, format!("after its VM: {trouble}")),
         }
     };

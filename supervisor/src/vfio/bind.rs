@@ -147,6 +147,7 @@ fn vet(granted: &Granted, function: &Bdf, holder: Holder, picture: &Picture) -> 
         holder: Some(holder),
         functions: members().map(taken).collect(),
         trouble: None,
+        passing: None,
         node_mode: None,
     }))
 }

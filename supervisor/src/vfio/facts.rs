@@ -3,6 +3,7 @@
 //!
 //! What can't be read is an error and not an absence, so that nothing is taken because something could not be looked at.
 
+use super::node;
 use super::openers::{self, Node, Opener};
 use crate::host::{Host, there};
 use diarch_ipc::Error;
@@ -132,7 +133,7 @@ fn gather(host: &Host, group: u32) -> io::Result<Picture> {
         picture.framebuffer_console |= found.boot_vga && framebuffer_console(host)?;
         picture.functions.push(found);
     }
-    let own = Node { name: format!("/dev/vfio/{group}"), number: None };
+    let own = Node { name: format!("/dev/vfio/{group}"), number: node::number(host, group)? };
     let mut wanted: Vec<Node> = nodes.iter().map(|(_, node)| node.clone()).collect();
     // Of a group that vfio does not have there is no node, and nobody has it open.
     if sysfs.exists(&format!("class/vfio/{group}"))? || host.dev().exists(&format!("vfio/{group}"))? {
@@ -191,7 +192,7 @@ impl<'a> Around<'a> {
 
 /// The nodes of a group's functions and of the group itself: who hangs on to them is asked again when a driver does not let go.
 pub fn nodes(host: &Host, group: u32, paths: &[String]) -> io::Result<Vec<Node>> {
-    let mut nodes = vec![Node { name: format!("/dev/vfio/{group}"), number: None }];
+    let mut nodes = vec![Node { name: format!("/dev/vfio/{group}"), number: node::number(host, group)? }];
     for path in paths {
         let mut below = Below::default();
         below.walk(host, path, 0)?;
@@ -311,7 +312,7 @@ impl Below {
                 _ => {}
             }
             if entries.iter().any(|(name, _)| name == "dev") {
-                self.nodes.extend(node(host, path)?);
+                self.nodes.extend(node_of(host, path)?);
             }
         }
         // The directory of a class (`net`) shows the interfaces of one network namespace, and counts them all. A device's own directory has a `subsystem`.
@@ -340,7 +341,7 @@ fn hidden(host: &Host, path: &str) -> io::Result<u64> {
     Ok(least)
 }
 
-fn node(host: &Host, path: &str) -> io::Result<Option<Node>> {
+fn node_of(host: &Host, path: &str) -> io::Result<Option<Node>> {
     let Some(uevent) = there(host.sysfs().text(&format!("{path}/uevent")))? else { return Ok(None) };
     let field = |key: &str| uevent.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
     let number = |key: &str| field(key).and_then(|text| text.parse::<u32>().ok());

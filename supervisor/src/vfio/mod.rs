@@ -6,8 +6,8 @@
 //!                 record  /run/diarch/device/GROUP.json: the drivers that it is taken from
 //!                 act     override, unbind, probe, look again, wait for the node; or all of it back, in reverse   (device thread)
 //!                 record  bound
-//!   vm.spawn      attached: the node is opened to the VM's user, and to nobody else            (`attach`)
-//!   QEMU ends     the node is closed again; what answers is bound, what does not is quarantined
+//!   vm.spawn      attached: as descriptors (`iommufd`), or the node is opened to the VM's user, and to nobody else   (`attach`)
+//!   QEMU ends     a node is closed again; what nobody holds any more and answers is bound, all else is quarantined
 //!   vfio.release  back to the drivers that it was taken from
 //! ```
 //!
@@ -25,6 +25,8 @@
 //! | `critical` |                   | what the host lives on                                               |
 //! | `sysfs`    |                   | the kernel's files that are written                                  |
 //! | `node`     |                   | `/dev/vfio/GROUP`, and who may open it                               |
+//! | `iommufd`  |                   | `/dev/iommu` and the functions' own nodes, as descriptors            |
+//! | `held`     |                   | whether somebody has a device whose VM has ended                     |
 //! | `thread`   |                   | where a step may hang, and nothing else hangs with it                |
 
 pub mod adopt;
@@ -33,6 +35,8 @@ pub mod bind;
 pub mod critical;
 pub mod devices;
 pub mod facts;
+pub mod held;
+pub mod iommufd;
 pub mod node;
 pub mod openers;
 pub mod record;

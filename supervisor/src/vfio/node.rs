@@ -68,6 +68,19 @@ fn path(node: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", node.as_raw_fd())
 }
 
+/// Opens the group itself, which only one can: `EBUSY` while somebody has it.
+pub fn take(host: &Host, group: u32) -> io::Result<OwnedFd> {
+    open(host, group)?;
+    host.dev().open(&name(group), OFlags::RDWR | OFlags::NOFOLLOW)
+}
+
+/// Its numbers, by which it is known under whatever name. `None`: there is no node.
+pub fn number(host: &Host, group: u32) -> io::Result<Option<(u32, u32)>> {
+    let Some(node) = there(open(host, group))? else { return Ok(None) };
+    let number = rustix::fs::fstat(&node)?.st_rdev;
+    Ok((!host.is_staged()).then(|| (rustix::fs::major(number), rustix::fs::minor(number))))
+}
+
 /// The node's mode, to go back to: what udev made it.
 pub fn mode(host: &Host, group: u32) -> io::Result<u32> {
     let node = open(host, group)?;

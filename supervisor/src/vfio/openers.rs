@@ -36,8 +36,18 @@ pub fn processes(host: &Host) -> io::Result<Vec<u32>> {
     Ok(host.procfs().names("")?.iter().filter_map(|name| name.parse().ok()).collect())
 }
 
-/// Everybody of these who has one of these nodes open, each once for a node. A process that goes away meanwhile has nothing open.
+/// Everybody of these who has one of these nodes open, each once for a node.
 pub fn of(host: &Host, processes: &[u32], nodes: &[Node]) -> io::Result<Vec<Opener>> {
+    all(host, processes, |text| text.starts_with('/'), |directory, file, text| found(host, nodes, directory, file, text).map(|node| node.name.clone()))
+}
+
+/// Everybody who has a function that came by its group open. Which one, the link does not say.
+pub fn of_vfio_devices(host: &Host) -> io::Result<Vec<Opener>> {
+    all(host, &processes(host)?, |text| text == "anon_inode:[vfio-device]", |_, _, _| Some("a device of VFIO's".to_owned()))
+}
+
+/// A process that goes away meanwhile has nothing open.
+fn all(host: &Host, processes: &[u32], wanted: impl Fn(&str) -> bool, found: impl Fn(&OwnedFd, &str, &str) -> Option<String>) -> io::Result<Vec<Opener>> {
     let mut openers: Vec<Opener> = Vec::new();
     for pid in processes {
         let at = format!("{pid}/fd");
@@ -48,13 +58,13 @@ pub fn of(host: &Host, processes: &[u32], nodes: &[Node]) -> io::Result<Vec<Open
         }
         let _as_its_user = AsUser::of(directory.stx_uid);
         let Some(directory) = there(host.procfs().open(&at, OFlags::RDONLY | OFlags::DIRECTORY))? else { continue };
-        for (file, text) in host.procfs().paths_in(&directory)? {
-            let Some(node) = found(host, nodes, &directory, &file, &text) else { continue };
-            if openers.iter().any(|opener| (opener.pid, &opener.node) == (*pid, &node.name)) {
+        for (file, text) in host.procfs().links_in(&directory, &wanted)? {
+            let Some(node) = found(&directory, &file, &text) else { continue };
+            if openers.iter().any(|opener| (opener.pid, &opener.node) == (*pid, &node)) {
                 continue;
             }
             let name = there(host.procfs().text(&format!("{pid}/comm")))?.unwrap_or_default();
-            openers.push(Opener { node: node.name.clone(), pid: *pid, name });
+            openers.push(Opener { node, pid: *pid, name });
         }
     }
     Ok(openers)

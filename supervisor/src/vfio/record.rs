@@ -9,7 +9,7 @@
 
 use crate::ledger::write_whole;
 use diarch_ipc::name::{Bdf, Label, Tenancy};
-use diarch_ipc::operation::{DeviceRecord, DeviceState, FunctionRecord};
+use diarch_ipc::operation::{DeviceRecord, DeviceState, FunctionRecord, Passing};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -27,6 +27,9 @@ pub struct Record {
     pub holder: Option<Holder>,
     pub functions: Vec<Taken>,
     pub trouble: Option<String>,
+    /// How its VM has it, while it is attached.
+    #[serde(default)]
+    pub passing: Option<Passing>,
     /// The mode of the group's node, while a VM's user may open it.
     #[serde(default)]
     pub node_mode: Option<u32>,
@@ -85,6 +88,7 @@ impl Record {
             functions: self.functions.iter().map(function).collect(),
             slot: self.holder.as_ref().map(|holder| holder.tenancy.slot),
             label: self.holder.as_ref().map(|holder| holder.label.clone()),
+            passing: self.passing.filter(|_| self.state == DeviceState::Attached),
             trouble: self.trouble.clone(),
         }
     }
@@ -184,7 +188,7 @@ pub(super) mod tests {
 
     pub fn record(group: u32, state: DeviceState) -> Record {
         let functions = vec![taken("0000:65:00.0", Some("nvidia")), taken("0000:65:00.1", None)];
-        Record { group, state, holder: Some(holder(3, "web")), functions, trouble: None, node_mode: None }
+        Record { group, state, holder: Some(holder(3, "web")), functions, trouble: None, passing: None, node_mode: None }
     }
 
     #[test]

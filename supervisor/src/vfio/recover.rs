@@ -6,8 +6,10 @@
 
 use super::devices::NoResult;
 use super::record::{Holder, Record};
-use super::sysfs;
+use super::thread::Progress;
+use super::{held, sysfs};
 use crate::grants::Devices as Granted;
+use crate::host::Host;
 use crate::state::Supervisor;
 use crate::vetted::Vetted;
 use diarch_ipc::Error;
@@ -29,7 +31,7 @@ pub async fn recover(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
     let group = record.group;
     supervisor.devices.put(record.clone())?;
     let late = |supervisor: &Rc<Supervisor>, record: Record, _| supervisor.quarantine_device(record.group, "its reset ended too late; try again".into());
-    match supervisor.act_on(&record, &mut lock, sysfs::reset, late).await {
+    match supervisor.act_on(&record, &mut lock, reset, late).await {
         Ok(Ok(())) => {}
         Ok(Err(trouble)) => {
             supervisor.quarantine_device(group, trouble.clone());
@@ -44,6 +46,12 @@ pub async fn recover(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
     let record = Record { state: DeviceState::Bound, trouble: None, ..record };
     supervisor.devices.put_or_believe(record.clone());
     Ok(Recovered { device: record.shown() })
+}
+
+fn reset(host: &Host, record: &Record, progress: &Progress) -> Result<(), String> {
+    progress.undoing("look whether somebody has it".into());
+    held::by_nobody(host, record)?;
+    sysfs::reset(host, record, progress)
 }
 
 /// One's own, or what a released VM left behind, which becomes one's own.

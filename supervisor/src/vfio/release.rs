@@ -2,7 +2,7 @@
 
 use super::devices::Lock;
 use super::record::Record;
-use super::{node, sysfs};
+use super::{held, node, sysfs};
 use crate::host::Host;
 use crate::state::Supervisor;
 use crate::vetted::Vetted;
@@ -67,6 +67,9 @@ fn back(host: &Host, record: &Record, progress: &super::thread::Progress) -> Res
     if let Some(mode) = record.node_mode {
         node::close(host, record.group, mode).map_err(|error| format!("/dev/vfio/{}: {error}", record.group))?;
     }
+    // A driver that is to let go of what somebody has open waits for him, for ever.
+    progress.undoing("look whether somebody has it".into());
+    held::by_nobody(host, record)?;
     sysfs::give_back(host, record, progress)
 }
 
@@ -80,7 +83,8 @@ fn settle(supervisor: &Rc<Supervisor>, group: u32, done: &Result<(), String>) {
     }
 }
 
-/// Gives back all that a VM has, last first, when its slot is released. What can't be given back stays quarantined, and is nobody's.
+/// Gives back all that a VM has, last first, when its slot is released. What can't be given back stays quarantined, and is nobody's. (Its slot may be free before
+/// the last is back, and another's: a record names its VM by the claim, which no other has.)
 pub async fn all_of(supervisor: &Rc<Supervisor>, tenancy: Tenancy) {
     for known in supervisor.devices.of(tenancy).into_iter().rev() {
         let group = known.group;

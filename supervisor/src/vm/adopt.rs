@@ -6,17 +6,19 @@
 //! | spawning        | has no number                          | claimed: the gate never opened, the child went away |
 //! | spawning        | is QEMU (within a moment)              | running, adopted                                    |
 //! | spawning        | is gone                                | claimed: whoever asked asks again                   |
+//! | spawning        | was killed, and does not end           | spawning, quarantined until it has (`lingering`)    |
 //! | running         | lives                                  | running, adopted                                    |
 //! | running         | is gone                                | exited, how is unknown                              |
 //! | any             | can't be looked at                     | as it was, quarantined: its release looks again     |
 //! | exited          |                                        | exited                                              |
 //! | releasing       | (killed, if it lives)                  | free                                                |
 
-use super::{argv, companion, release, watch};
+use super::{argv, companion, lingering, release, watch};
 use crate::host::Host;
 use crate::ledger::{CompanionKind, Ledger, Record, Unreadable};
 use crate::state::{Supervisor, Vm};
-use crate::{net, process};
+use crate::{net, process, vfio};
+use diarch_ipc::name::Tenancy;
 use diarch_ipc::operation::{ExitStatus, SlotState};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -34,6 +36,8 @@ pub struct Found {
     pub companions: Vec<(CompanionKind, OwnedFd)>,
     /// Why its process could not be looked at.
     pub trouble: Option<String>,
+    /// What is left of an earlier start, was killed and has not ended.
+    pub lingering: Vec<OwnedFd>,
 }
 
 /// What was found, in sentences for the audit.
@@ -56,23 +60,32 @@ pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
                 // "Can't look" is not "gone": the slot, its user id and its memory stay taken until it can be looked at.
                 let trouble = format!("its process can't be looked at: {error}");
                 findings.notes.push(format!("slot {slot} ({}): {trouble}", record.label));
-                findings.found.push(Found { record, pidfd: None, companions: Vec::new(), trouble: Some(trouble) });
+                findings.found.push(Found { record, pidfd: None, companions: Vec::new(), trouble: Some(trouble), lingering: Vec::new() });
                 continue;
             }
         };
         let was = record.state;
         let last = record.clone();
+        let mut lingering = Vec::new();
         match was {
             SlotState::Claimed | SlotState::Exited | SlotState::Quarantined => pidfd = None,
             SlotState::Spawning => {
                 // Before its user is changed, a half-made child is still root's: `find` by the VM's user does not see it.
-                let child = process.map(|process| half_made(process, &record, host));
-                pidfd = child.flatten();
-                if pidfd.is_some() {
-                    record.state = SlotState::Running;
-                } else {
-                    record.state = SlotState::Claimed;
-                    record.run = None;
+                match process.map_or(HalfMade::Gone, |process| half_made(process, &record, host)) {
+                    HalfMade::Qemu(qemu) => {
+                        pidfd = Some(qemu);
+                        record.state = SlotState::Running;
+                    }
+                    HalfMade::Gone => {
+                        pidfd = None;
+                        record.state = SlotState::Claimed;
+                        record.run = None;
+                    }
+                    // It stays spawning, as it is written down, until it has ended.
+                    HalfMade::Lingers(child) => {
+                        pidfd = None;
+                        lingering.push(child);
+                    }
                 }
             }
             SlotState::Running if pidfd.is_none() => {
@@ -86,14 +99,14 @@ pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
                 // What can't be ended now must not keep the others from being found: the worker's release tries again.
                 if let Some(Err(error)) = pidfd.as_ref().map(release::end) {
                     findings.notes.push(format!("slot {slot} ({}): its release could not be finished: {error}", record.label));
-                    findings.found.push(Found { record, pidfd, companions: Vec::new(), trouble: None });
+                    findings.found.push(Found { record, pidfd, companions: Vec::new(), trouble: None, lingering: Vec::new() });
                     continue;
                 }
                 let removed =
                     companion::end_left(&record, host).and_then(|()| net::tap::remove(&record)).map_err(io::Error::other).and_then(|()| ledger.remove(slot));
                 if let Err(error) = removed {
                     findings.notes.push(format!("slot {slot} ({}): its release could not be finished: {error}", record.label));
-                    findings.found.push(Found { record, pidfd: None, companions: Vec::new(), trouble: None });
+                    findings.found.push(Found { record, pidfd: None, companions: Vec::new(), trouble: None, lingering: Vec::new() });
                     continue;
                 }
                 findings.notes.push(format!("slot {slot} ({}): its release was finished", record.label));
@@ -117,10 +130,13 @@ pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
         let companions = if pidfd.is_some() {
             companions
         } else {
-            companion::end(&companions);
+            lingering.extend(companion::end(companions));
             Vec::new()
         };
-        findings.found.push(Found { record, pidfd, companions, trouble: None });
+        if !lingering.is_empty() {
+            findings.notes.push(format!("slot {slot} ({}): what is left of its last start was killed, and has not ended", record.label));
+        }
+        findings.found.push(Found { record, pidfd, companions, trouble: None, lingering });
     }
     for lost in &findings.unreadable {
         findings.notes.push(format!("slot {}: its record can't be read ({}); the slot stays closed, and its processes are left alone", lost.slot, lost.reason));
@@ -128,25 +144,33 @@ pub fn find(ledger: &Ledger, host: &Host) -> io::Result<Findings> {
     Ok(findings)
 }
 
-/// Waits until a child that was caught between fork and exec is QEMU under its own user (then it is adopted) or gone.
-fn half_made(recorded: crate::ledger::Process, record: &Record, host: &Host) -> Option<OwnedFd> {
+/// What became of a child that was caught between fork and exec.
+enum HalfMade {
+    Gone,
+    Qemu(OwnedFd),
+    /// It neither became QEMU nor went, and was killed, and has not ended.
+    Lingers(OwnedFd),
+}
+
+/// Waits until it is QEMU under its own user (then it is adopted) or gone.
+fn half_made(recorded: crate::ledger::Process, record: &Record, host: &Host) -> HalfMade {
     let name = argv::process_name(record.slot);
     let until = Instant::now() + HALF_MADE_PATIENCE;
     loop {
-        let (start_time, _) = process::identity(recorded.pid).ok()??;
-        if start_time != recorded.start_time {
-            return None;
+        match process::identity(recorded.pid) {
+            Ok(Some((start_time, _))) if start_time == recorded.start_time => {}
+            _ => return HalfMade::Gone,
         }
-        let found = process::find(recorded, host.user_of(record.uid)).ok()?;
-        if found.is_some() && process::runs_as(recorded.pid, &name) {
-            return found;
-        }
-        if Instant::now() >= until {
-            // It neither became QEMU nor went: end it, while its identity is beyond doubt.
-            if let Some(pidfd) = found.or_else(|| process::find(recorded, host.owner()).ok()?) {
-                let _ = release::end(&pidfd);
+        let Ok(found) = process::find(recorded, host.user_of(record.uid)) else { return HalfMade::Gone };
+        match found {
+            Some(pidfd) if process::runs_as(recorded.pid, &name) => return HalfMade::Qemu(pidfd),
+            found if Instant::now() >= until => {
+                // While its identity is beyond doubt.
+                let child = found.or_else(|| process::find(recorded, host.owner()).ok()?);
+                let left = lingering::kill(child.into_iter().collect(), lingering::KILLED).pop();
+                return left.map_or(HalfMade::Gone, HalfMade::Lingers);
             }
-            return None;
+            _ => {}
         }
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -154,7 +178,8 @@ fn half_made(recorded: crate::ledger::Process, record: &Record, host: &Host) -> 
 
 /// Takes over what was found.
 pub fn adopt(supervisor: &Rc<Supervisor>, found: Vec<Found>) {
-    for Found { record, pidfd, companions, trouble } in found {
+    for Found { record, pidfd, companions, trouble, lingering } in found {
+        let tenancy = Tenancy { slot: record.slot, claim: record.claim };
         let (slot, spawn) = (record.slot, record.run.as_ref().map(|run| run.spawn));
         let mut missing: Vec<CompanionKind> = record.run.iter().flat_map(|run| &run.companions).map(|one| one.kind).collect();
         let companions: Vec<_> = companions.into_iter().map(|(kind, pidfd)| (kind, Rc::new(pidfd))).collect();
@@ -165,6 +190,15 @@ pub fn adopt(supervisor: &Rc<Supervisor>, found: Vec<Found>) {
         vm.companions = companions.iter().map(|(_, pidfd)| Rc::clone(pidfd)).collect();
         let pidfd = vm.pidfd.clone();
         supervisor.slots.borrow_mut().insert(slot, vm);
+        if !lingering.is_empty() {
+            lingering::keep(supervisor, tenancy, lingering, "what is left of its last start", move |supervisor| {
+                let record = supervisor.with(tenancy, |vm| vm.record.clone());
+                if let Some(record) = record.ok().filter(|record| record.state == SlotState::Spawning) {
+                    supervisor.record_or_believe(Record { state: SlotState::Claimed, run: None, ..record });
+                    vfio::attach::ended(supervisor, tenancy);
+                }
+            });
+        }
         if let (Some(pidfd), Some(spawn)) = (pidfd, spawn) {
             watch::begin(supervisor, slot, spawn, pidfd);
             for (kind, pidfd) in companions {

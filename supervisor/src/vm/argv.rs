@@ -8,6 +8,7 @@
 
 use crate::vfio::Passed;
 use diarch_ipc::name::{Forward, Label, Slot};
+use diarch_ipc::operation::Passing;
 use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskAccess, DiskFormat, Egress, FdRole, Nic, Presence, VmSpec};
 use serde_json::json;
 
@@ -17,6 +18,9 @@ pub const CONSOLE_FD: i32 = 4;
 /// The console's log, and after it the files of the specification in the order of [`VmSpec::fds`].
 pub const CONSOLE_LOG_FD: i32 = 5;
 pub const FIRST_FILE_FD: i32 = 6;
+
+/// The object that devices are handed to.
+const IOMMUFD: &str = "iommufd0";
 
 /// What a VM's process is called in `ps`, and by what a restarted supervisor tells QEMU from its own half-made child.
 pub fn process_name(slot: Slot) -> String {
@@ -38,12 +42,14 @@ pub struct Beside<'a> {
     /// A descriptor of `/dev/vhost-net` for each queue of a tap.
     pub vhost: Presence,
     pub devices: &'a [Passed],
+    /// How it has them. As descriptors they follow behind all others: iommufd's own, and one for each function.
+    pub passing: Passing,
     pub user_mode: Carrier,
 }
 
 impl Default for Beside<'_> {
     fn default() -> Self {
-        Self { vhost: Presence::Absent, devices: &[], user_mode: Carrier::Slirp }
+        Self { vhost: Presence::Absent, devices: &[], passing: Passing::Group, user_mode: Carrier::Slirp }
     }
 }
 
@@ -128,7 +134,14 @@ pub fn render(program: &str, slot: Slot, label: &Label, spec: &VmSpec, beside: &
         push(&["-chardev", &format!("socket,id=share{n},fd={fd}")]);
         push(&["-device", &json!({"driver": "vhost-user-fs-pci", "chardev": format!("share{n}"), "tag": share.tag.as_str()}).to_string()]);
     }
-    for argument in passed(beside.devices) {
+    let mut descriptors = None;
+    if beside.passing == Passing::Iommufd && !beside.devices.is_empty() {
+        // QEMU 9.0. Both are texts, as a name of the monitor's may stand there instead.
+        let iommu = first_device_fd(spec, beside);
+        push(&["-object", &json!({"qom-type": "iommufd", "id": IOMMUFD, "fd": iommu.to_string()}).to_string()]);
+        descriptors = Some(iommu.saturating_add(1));
+    }
+    for argument in passed(beside.devices, descriptors) {
         push(&["-device", &argument.to_string()]);
     }
     if let Some(window) = mmio_window_mib(beside.devices) {
@@ -165,11 +178,14 @@ fn first_vhost_fd(spec: &VmSpec) -> i32 {
 }
 
 /// A root port for each device (what `lspci` shows as one BUS:DEVICE), and its functions behind it, each at its own number: a GPU's driver looks for its audio
-/// function beside it. QEMU finds a function by its directory in sysfs, which is all of sysfs that it can see.
-fn passed(devices: &[Passed]) -> Vec<serde_json::Value> {
-    let mut slots: Vec<(&str, Vec<&Passed>)> = Vec::new();
-    for device in devices {
-        let (place, _) = device.function.as_str().split_once('.').unwrap_or_default();
+/// function beside it. By its group, QEMU finds a function by its directory in sysfs, which is all of sysfs that it can see; by descriptors, from `first` on, it needs
+/// nothing else.
+fn passed(devices: &[Passed], first: Option<i32>) -> Vec<serde_json::Value> {
+    type Given<'a> = (&'a Passed, Option<i32>);
+    let mut slots: Vec<(&str, Vec<Given<'_>>)> = Vec::new();
+    for (at, device) in (0..).zip(devices) {
+        let device = (device, first.map(|first| first.saturating_add(at)));
+        let (place, _) = device.0.function.as_str().split_once('.').unwrap_or_default();
         match slots.iter_mut().find(|(known, _)| *known == place) {
             Some((_, functions)) => functions.push(device),
             None => slots.push((place, vec![device])),
@@ -179,11 +195,18 @@ fn passed(devices: &[Passed]) -> Vec<serde_json::Value> {
     for (port, (_, mut functions)) in slots.into_iter().enumerate() {
         // Chassis and slot number the port for the guest's hotplug; each pair is there once.
         arguments.push(json!({"driver": "pcie-root-port", "id": format!("port{port}"), "bus": "pcie.0", "chassis": port + 1, "slot": port + 1}));
-        functions.sort_by(|a, b| a.function.cmp(&b.function));
+        functions.sort_by(|(a, _), (b, _)| a.function.cmp(&b.function));
         let several = functions.len() > 1;
-        for (n, device) in functions.into_iter().enumerate() {
+        for (n, (device, fd)) in functions.into_iter().enumerate() {
             // Without its function 0 nobody looks for the others.
-            let mut argument = json!({"driver": "vfio-pci", "id": format!("device{port}.{n}"), "bus": format!("port{port}"), "addr": format!("0.{n}"), "sysfsdev": format!("/sys/{}", device.path)});
+            let mut argument = json!({"driver": "vfio-pci", "id": format!("device{port}.{n}"), "bus": format!("port{port}"), "addr": format!("0.{n}")});
+            match fd {
+                Some(fd) => {
+                    argument["iommufd"] = IOMMUFD.into();
+                    argument["fd"] = fd.to_string().into();
+                }
+                None => argument["sysfsdev"] = format!("/sys/{}", device.path).into(),
+            }
             if several && n == 0 {
                 argument["multifunction"] = true.into();
             }
@@ -218,6 +241,11 @@ fn first_share_fd(spec: &VmSpec, beside: &Beside<'_>) -> i32 {
     let carried = spec.nics.iter().filter(|nic| matches!(nic.backend, Backend::User { .. })).count();
     let carried = if beside.user_mode == Carrier::Passt { i32::try_from(carried).unwrap_or(i32::MAX) } else { 0 };
     first_companion_fd(spec, beside.vhost).saturating_add(carried)
+}
+
+/// And behind those: iommufd's descriptor.
+fn first_device_fd(spec: &VmSpec, beside: &Beside<'_>) -> i32 {
+    first_share_fd(spec, beside).saturating_add(i32::try_from(spec.shares.len()).unwrap_or(i32::MAX))
 }
 
 fn netdev(n: usize, nic: &Nic) -> String {
@@ -323,6 +351,28 @@ mod tests {
         assert_eq!(seen[2], ("port1".into(), "0.0".into(), serde_json::Value::Null, "/sys/devices/pci0000:00/0000:17:00.1".into()), "one alone is function 0");
         assert_eq!(after(&argv, "-fw_cfg"), ["name=opt/ovmf/X-PciMmio64Mb,string=524288"]);
         assert!(after(&render("q", slot(), &label(), &example(), &Beside { devices: &devices[1..2], ..Beside::default() }), "-fw_cfg").is_empty());
+    }
+
+    #[test]
+    fn devices_by_descriptor_come_behind_all_others_and_name_neither_a_node_nor_a_directory() {
+        let devices = [device("0000:65:00.1", 12, 1), device("0000:17:00.0", 9, 1), device("0000:65:00.0", 12, 1)];
+        let mut spec = example();
+        let name = |text: &str| (diarch_ipc::name::ShareName::new(text).unwrap(), diarch_ipc::name::Tag::new(text).unwrap());
+        spec.shares = ["models", "work"].map(name).map(|(share, tag)| diarch_ipc::spec::Share { share, tag }).to_vec();
+        let beside = Beside { devices: &devices, passing: Passing::Iommufd, user_mode: Carrier::Passt, ..Beside::default() };
+        let argv = render("q", slot(), &label(), &spec, &beside);
+        // Three before the files, one passt, two shares.
+        let first = i32::try_from(spec.fds().len()).unwrap() + 3 + 1 + 1 + 2;
+        let object: serde_json::Value = serde_json::from_str(after(&argv, "-object")[1]).unwrap();
+        assert_eq!(object, json!({"qom-type": "iommufd", "id": "iommufd0", "fd": first.to_string()}));
+        let all: Vec<serde_json::Value> = after(&argv, "-device").iter().filter_map(|text| serde_json::from_str(text).ok()).collect();
+        let passed: Vec<_> = all.iter().filter(|device| device["driver"] == "vfio-pci").collect();
+        let seen: Vec<_> =
+            passed.iter().map(|d| (d["bus"].as_str().unwrap(), d["addr"].as_str().unwrap(), d["fd"].as_str().unwrap().parse::<i32>().unwrap())).collect();
+        assert_eq!(seen, [("port0", "0.0", first + 3), ("port0", "0.1", first + 1), ("port1", "0.0", first + 2)], "each function has its own descriptor");
+        assert!(passed.iter().all(|device| device["iommufd"] == "iommufd0" && device.get("sysfsdev").is_none()));
+        assert!(!argv.iter().any(|argument| argument.contains("/sys/")));
+        assert!(after(&render("q", slot(), &label(), &example(), &Beside { passing: Passing::Iommufd, ..Beside::default() }), "-object").is_empty());
     }
 
     #[test]

@@ -18,13 +18,14 @@ pub mod passt;
 pub mod virtiofsd;
 
 use super::jail::{self, Gated};
+use super::lingering::{self, NotStarted};
 use super::{release, sockets};
 use crate::host::Host;
 use crate::ledger::{Companion, CompanionKind, Record};
 use crate::process;
 use crate::state::Supervisor;
 use diarch_ipc::Error;
-use diarch_ipc::name::{RequestId, Slot};
+use diarch_ipc::name::{RequestId, Slot, Tenancy};
 use diarch_ipc::operation::{Event, ExitStatus, SlotState};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -129,27 +130,30 @@ pub fn identity(gated: &Gated) -> Result<crate::ledger::Process, Error> {
 }
 
 /// Lets all of them go on. When one can't, none is left.
-pub fn open(waiting: Vec<Waiting>, within: Duration) -> Result<Vec<(CompanionKind, OwnedFd)>, Error> {
+pub fn open(waiting: Vec<Waiting>, within: Duration) -> Result<Vec<(CompanionKind, OwnedFd)>, Box<NotStarted>> {
     let mut running = Vec::new();
-    for one in waiting {
+    let mut waiting = waiting.into_iter();
+    while let Some(one) = waiting.next() {
         match one.gated.open(within) {
             Ok(pidfd) => running.push((one.kind, pidfd)),
-            Err(error) => {
-                end(&running);
-                return Err(error);
+            Err(mut failed) => {
+                failed.left.extend(end(running));
+                failed.left.extend(close(waiting));
+                return Err(failed);
             }
         }
     }
     Ok(running)
 }
 
-/// Kills them and waits until they have ended.
-pub fn end(running: &[(CompanionKind, OwnedFd)]) {
-    for (kind, pidfd) in running {
-        if let Err(error) = release::end(pidfd) {
-            tracing::error!(companion = kind.as_str(), %error, "a companion could not be ended");
-        }
-    }
+/// Tells those at their gates to go. Gives those that do not end.
+pub fn close(waiting: impl IntoIterator<Item = Waiting>) -> Vec<OwnedFd> {
+    waiting.into_iter().filter_map(|one| one.gated.close()).collect()
+}
+
+/// Kills them and waits until they have ended. Gives those that have not.
+pub fn end(running: Vec<(CompanionKind, OwnedFd)>) -> Vec<OwnedFd> {
+    lingering::kill(running.into_iter().map(|(_, pidfd)| pidfd).collect(), lingering::KILLED)
 }
 
 /// Those of a record that live. A child that was caught before its gate is root's still.
@@ -170,10 +174,8 @@ pub fn find(record: &Record, host: &Host) -> io::Result<Vec<(CompanionKind, Owne
 
 /// Ends those of a record that live: their QEMU does not.
 pub fn end_left(record: &Record, host: &Host) -> Result<(), Error> {
-    for (_, pidfd) in find(record, host).map_err(|error| Error::io("look at the companions", &error))? {
-        release::end(&pidfd)?;
-    }
-    Ok(())
+    let left = find(record, host).map_err(|error| Error::io("look at the companions", &error))?;
+    release::end_all(left.into_iter().map(|(_, pidfd)| pidfd).collect())
 }
 
 /// Watches one of the QEMU that the request `spawn` started in `slot`.
@@ -248,13 +250,22 @@ pub async fn end_with(supervisor: &Rc<Supervisor>, slot: Slot, spawn: RequestId)
     for pidfd in &left {
         let _ = rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL);
     }
+    let until = tokio::time::Instant::now() + END_PATIENCE;
+    let mut lingering = Vec::new();
     for pidfd in left {
         // A descriptor of its own: the loop polls one only once, and its watch polls that.
-        let ended = async { ended(&Rc::new(pidfd.try_clone()?)).await };
-        match tokio::time::timeout(END_PATIENCE, ended).await {
+        let Ok(pidfd) = pidfd.try_clone().map(Rc::new) else {
+            tracing::error!(%slot, "the end of a killed companion can't be waited for: no descriptor is left");
+            continue;
+        };
+        match tokio::time::timeout_at(until, ended(&pidfd)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!(%slot, %error, "the end of a killed companion can't be waited for"),
-            Err(_) => tracing::error!(%slot, "a killed companion has not ended yet"),
+            Err(_) => lingering.extend(Rc::into_inner(pidfd)),
         }
+    }
+    let tenancy = supervisor.slots.borrow().get(&slot).map(|vm| Tenancy { slot, claim: vm.record.claim });
+    if let Some(tenancy) = tenancy.filter(|_| !lingering.is_empty()) {
+        lingering::keep(supervisor, tenancy, lingering, "a program beside its QEMU, which has ended,", |_| ());
     }
 }

@@ -39,6 +39,7 @@ pub mod filter;
 pub mod mount;
 pub mod root;
 
+use super::lingering::{self, NotStarted};
 use child::{Made, Part, Prepared, REPORT, STEPS};
 use diarch_ipc::Error;
 pub use filter::{Sandbox, Sockets};
@@ -106,11 +107,16 @@ pub enum Network {
     Given(OwnedFd),
 }
 
+/// A child that is told to go has a few system calls before it.
+const GOING: Duration = Duration::from_secs(1);
+
 /// A child that waits at the gate. Dropped, it is told to go, and is reaped.
 #[derive(Debug)]
 pub struct Gated {
     pub pid: u32,
     pub pidfd: OwnedFd,
+    /// The same again, for whoever gets the program or what is left of it: there may be no descriptor to be had then.
+    spare: Option<OwnedFd>,
     gate: Option<UnixStream>,
     /// The parts of its tree, for the sentence.
     parts: Vec<String>,
@@ -119,8 +125,8 @@ pub struct Gated {
 impl Drop for Gated {
     fn drop(&mut self) {
         // Open still: nothing was let through, and the child goes as soon as it sees the end.
-        if self.gate.take().is_some() && crate::process::wait_ended(&self.pidfd, Duration::from_secs(1)).unwrap_or(false) {
-            crate::process::reap(&self.pidfd);
+        if self.gate.take().is_some() {
+            lingering::ends(&self.pidfd, GOING);
         }
     }
 }
@@ -199,7 +205,8 @@ pub fn fork(plan: Plan) -> Result<Gated, Error> {
             // Race-free: the child is ours and not reaped, so its number can't have been given to another.
             let raw = Pid::from_raw(pid.cast_signed()).ok_or_else(|| step("clone", io::Error::from(io::ErrorKind::InvalidData)))?;
             let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK).map_err(|e| step("pidfd_open", e.into()))?;
-            Ok(Gated { pid, pidfd, gate: Some(ours), parts: tree.into_iter().flat_map(|tree| tree.parts).map(|part| part.name).collect() })
+            let spare = Some(pidfd.try_clone().map_err(|e| step("dup", e))?);
+            Ok(Gated { pid, pidfd, spare, gate: Some(ours), parts: tree.into_iter().flat_map(|tree| tree.parts).map(|part| part.name).collect() })
         }
     }
 }
@@ -213,19 +220,27 @@ fn clone_into(namespaces: c_int) -> c_long {
 }
 
 impl Gated {
-    /// Lets the child go on, and waits until it is the new program. One that did not become it has ended, and is reaped.
-    pub fn open(mut self, within: Duration) -> Result<OwnedFd, Error> {
-        let opened = self.become_program(within);
-        if opened.is_err() && crate::process::wait_ended(&self.pidfd, within).unwrap_or(false) {
-            crate::process::reap(&self.pidfd);
-        }
-        opened
+    /// Lets the child go on, and waits until it is the new program. One that did not become it is ended and reaped, if the kernel lets it end.
+    pub fn open(mut self, within: Duration) -> Result<OwnedFd, Box<NotStarted>> {
+        self.become_program(within).map_err(|error| Box::new(NotStarted { error, left: self.end(), record: None }))
+    }
+
+    /// Tells the child to go, and gives it if it does not end, though it was killed.
+    pub fn close(mut self) -> Option<OwnedFd> {
+        self.end().pop()
+    }
+
+    fn end(&mut self) -> Vec<OwnedFd> {
+        // It goes as soon as it sees this.
+        drop(self.gate.take());
+        let spare: Vec<OwnedFd> = self.spare.take().into_iter().collect();
+        if lingering::ends(&self.pidfd, GOING) { Vec::new() } else { lingering::kill(spare, lingering::KILLED) }
     }
 
     fn become_program(&mut self, within: Duration) -> Result<OwnedFd, Error> {
         let step = |name: &str, error: &io::Error| Error::io(name, error);
-        let pidfd = self.pidfd.try_clone().map_err(|e| step("dup", &e))?;
-        let Some(mut gate) = self.gate.take() else { return Err(Error::Failed { step: "gate".into(), errno: None, detail: "it was opened before".into() }) };
+        let opened = || Error::Failed { step: "gate".into(), errno: None, detail: "it was opened before".into() };
+        let mut gate = self.gate.take().ok_or_else(opened)?;
         gate.set_read_timeout(Some(within)).map_err(|e| step("gate", &e))?;
         // A child that failed before it came to the gate has said why, and is gone.
         let pushed = gate.write_all(&[1]);
@@ -233,7 +248,7 @@ impl Gated {
         match (gate.read_exact(&mut report), pushed) {
             (Ok(()), _) => Err(self.reported(report)),
             (Err(_), Err(error)) => Err(step("gate", &error)),
-            (Err(error), Ok(())) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(pidfd),
+            (Err(error), Ok(())) if error.kind() == io::ErrorKind::UnexpectedEof => self.spare.take().ok_or_else(opened),
             (Err(error), Ok(())) if error.kind() == io::ErrorKind::WouldBlock => {
                 let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
                 Err(Error::Timeout { step: "exec".into(), after_ms: u64::try_from(within.as_millis()).unwrap_or(u64::MAX) })

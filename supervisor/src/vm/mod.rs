@@ -13,12 +13,15 @@
 //! | `argv`      |                               | the argument vector, from a typed specification              |
 //! | `jail`      |                               | what a program is started in, and how                        |
 //! | `companion` | (event `vm.impaired`)         | programs beside QEMU, each in a jail of its own              |
+//! | `lingering` |                               | killed processes that do not end                             |
+//! | `ability`   |                               | what a granted QEMU can do                                   |
 //! | `scope`     |                               | its systemd unit, with the limits that the kernel keeps      |
 //! | `stage`     |                               | what of it is started in a rehearsal                         |
 //! | `sockets`   |                               | QEMU's monitor and console sockets                           |
 //!
 //! Every operation reads: **vet, record, act** (audit and reply stand around all of them, in `dispatch`).
 
+pub mod ability;
 pub mod adopt;
 pub mod argv;
 pub mod attach;
@@ -26,6 +29,7 @@ pub mod claim;
 pub mod companion;
 pub mod inventory;
 pub mod jail;
+pub mod lingering;
 pub mod release;
 pub mod scope;
 pub mod signal;

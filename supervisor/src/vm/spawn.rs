@@ -16,19 +16,21 @@
 
 use super::argv::{Beside, Carrier};
 use super::companion::{self, Order, passt, virtiofsd};
+use super::lingering::{self, NotStarted};
 use super::scope::{self, Scope};
-use super::{argv, jail, sockets, stage, watch};
+use super::{ability, argv, jail, sockets, stage, watch};
 use crate::audit::now_ms;
 use crate::grants::{Grants, Program};
 use crate::ledger::{Companion, CompanionKind, Ledger, Record, Run};
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
+use crate::vfio::iommufd::Descriptors;
 use crate::vfio::{self, Passed};
 use crate::{fd, kvm, mount, net, qemu};
 use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
 use diarch_ipc::name::{RequestId, ShareName, Slot, Tenancy};
-use diarch_ipc::operation::{KvmVerdict, Operation, SlotState, Spawn, Spawned};
+use diarch_ipc::operation::{KvmVerdict, Operation, Passing, SlotState, Spawn, Spawned};
 use diarch_ipc::spec::{Accelerator, Backend, Boot, DiskFormat, Egress, MAX_DEVICES, MAX_DISKS, MAX_FORWARDS, MAX_NICS, Nic, Presence, VmSpec};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -80,6 +82,10 @@ struct Facts {
     vhost: Vec<OwnedFd>,
     /// The devices that are bound for it.
     devices: Vec<Passed>,
+    /// They, opened, where kernel and QEMU know iommufd; otherwise they go by their groups' nodes.
+    descriptors: Option<Descriptors>,
+    /// What QEMU was asked, and said.
+    ability: Option<qemu::Ability>,
     /// What this process may let a child lock, in bytes; `None`: all.
     lockable: Option<u64>,
     /// The devices are a stage's, and nothing reads the guest's memory.
@@ -112,7 +118,9 @@ struct Launch {
     max_tasks: u64,
     /// Bytes of memory that it may lock: with a device, all of the guest's.
     memlock: Option<u64>,
+    /// Those that it finds by their groups' nodes.
     devices: Vec<Passed>,
+    descriptors: Option<Descriptors>,
     scope: Scope,
     walls: jail::Walls,
 }
@@ -163,8 +171,22 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     }
     supervisor.check_state(row, tenancy)?;
     let devices = vfio::attach::reserve(supervisor, tenancy, &ask.spec.devices).await?;
-    let facts = Facts { devices: devices.passed.clone(), ..gather(supervisor, row, &ask, fds).await? };
-    let hashed = facts.hashed.clone();
+    let facts = match gather(supervisor, row, &ask, fds, devices.passed.clone()).await {
+        Ok(facts) => facts,
+        Err(failed) => {
+            let NotStarted { error, left, .. } = *failed;
+            if !left.is_empty() {
+                lingering::keep(supervisor, tenancy, left, "a QEMU that was asked what it can do", |_| ());
+            }
+            return Err(error);
+        }
+    };
+    let (hashed, ability) = (facts.hashed.clone(), facts.ability);
+    let passing = if facts.descriptors.is_some() { Passing::Iommufd } else { Passing::Group };
+    let granted = supervisor.grants.qemu.get(ask.spec.qemu.as_str());
+    if let (Some(ability), Some(granted)) = (ability, granted) {
+        supervisor.abilities.put(&granted.path, ability);
+    }
 
     let vetted = vet(&supervisor.grants, &supervisor.slots.borrow(), &supervisor.kvm.borrow(), id, &ask, facts)?;
 
@@ -172,25 +194,39 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     let intended = vetted.record.clone();
     supervisor.record(intended.clone())?;
 
-    if let Err(error) = devices.attach(supervisor, row, slot, before.uid).await {
+    if let Err(error) = devices.attach(supervisor, row, slot, before.uid, passing).await {
         supervisor.record_or_believe(before);
         return Err(error);
     }
     let launched = match lend(supervisor, row, &vetted, &ask, &before).await {
         Ok(lent) => launch(supervisor, row, slot, vetted, lent).await,
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     };
     let launched = match launched {
         Ok(launched) => launched,
-        Err(error) => {
-            devices.detach(supervisor, row, slot).await;
-            supervisor.record_or_believe(before);
-            // It has no process, and no record speaks of its rules any more.
-            net::forget_user(supervisor, row, &intended).await;
+        Err(failed) => {
+            let NotStarted { error, left, record } = *failed;
+            if left.is_empty() {
+                devices.detach(supervisor, row, slot).await;
+                supervisor.record_or_believe(before);
+                // It has no process, and no record speaks of its rules any more.
+                net::forget_user(supervisor, row, &intended).await;
+            } else {
+                // Spawning still, with all that it was given, until the last of it has ended.
+                record.into_iter().for_each(|record| supervisor.record_or_believe(record));
+                lingering::keep(supervisor, tenancy, left, "the child of a start that failed", move |supervisor| {
+                    if supervisor.with(tenancy, |vm| vm.record.state) == Ok(SlotState::Spawning) {
+                        supervisor.record_or_believe(before);
+                        vfio::attach::ended(supervisor, tenancy);
+                        let supervisor = Rc::clone(supervisor);
+                        tokio::task::spawn_local(async move { net::forget_user(&supervisor, row, &intended).await });
+                    }
+                });
+            }
             return Err(error);
         }
     };
-    if let (Some(hashed), Some(granted)) = (hashed, supervisor.grants.qemu.get(ask.spec.qemu.as_str())) {
+    if let (Some(hashed), Some(granted)) = (hashed, granted) {
         supervisor.hashes.put(&granted.path, hashed);
     }
 
@@ -247,18 +283,21 @@ fn digest(ask: &Spawn) -> Result<String, Error> {
     Ok(Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: Vec<OwnedFd>) -> Result<Facts, Error> {
+async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: Vec<OwnedFd>, devices: Vec<Passed>) -> Result<Facts, Box<NotStarted>> {
     let name = ask.spec.qemu.as_str().to_owned();
     let Some(granted) = supervisor.grants.qemu.get(&name).cloned() else {
         let known: Vec<&str> = supervisor.grants.qemu.keys().map(String::as_str).collect();
         return Err(Error::denied(
             format!("qemu.{name}"),
             format!("there is no such section; there are: {}", if known.is_empty() { "none".into() } else { known.join(", ") }),
-        ));
+        )
+        .into());
     };
     let known = supervisor.hashes.get(&granted.path);
+    let said = supervisor.abilities.get(&granted.path);
     let roles = ask.spec.fds();
     let (owner, walls) = (supervisor.host.owner(), supervisor.host.walls());
+    let (uid, by_descriptor) = (supervisor.with(ask.tenancy, |vm| vm.record.uid)?, supervisor.grants.devices.iommufd && walls == jail::Walls::Jail);
     let (queues, vhost) = (ask.spec.nics.iter().map(Nic::queues).sum(), net::tap::vhost_node(&supervisor.host));
     let staged = supervisor.host.is_staged();
     let (grants, host, spec) = (supervisor.grants.clone(), Arc::clone(&supervisor.host), ask.spec.clone());
@@ -280,9 +319,28 @@ async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: 
             let lockable = rustix::process::getrlimit(rustix::process::Resource::Memlock).maximum;
             let passt = passt::look(&grants, &host, &spec);
             let virtiofsd = virtiofsd::look(&grants, &host, &spec)?;
-            Ok(Facts { program, hashed, fds, libraries, walls, vhost, devices: Vec::new(), lockable, staged, passt, virtiofsd })
+            let (mut descriptors, mut ability) = (None, None);
+            if by_descriptor && !devices.is_empty() && vfio::iommufd::offered(&host, &devices)? {
+                let known = match said.filter(|said| said.is_of(&program)) {
+                    Some(known) => known,
+                    None => ask_ability(&program, &granted.path.to_string_lossy(), uid, &libraries)?,
+                };
+                ability = Some(known);
+                if known.iommufd {
+                    descriptors = vfio::iommufd::open(&host, &devices)?;
+                }
+            }
+            Ok(Facts { program, hashed, fds, libraries, walls, vhost, devices, descriptors, ability, lockable, staged, passt, virtiofsd })
         })
         .await?
+}
+
+fn ask_ability(program: &File, path: &str, uid: u32, libraries: &[(PathBuf, OwnedFd)]) -> Result<qemu::Ability, Box<NotStarted>> {
+    let failed = |error: io::Error| Error::io("ask QEMU what it can do", &error);
+    let copies = libraries.iter().map(|(path, opened)| Ok((path.clone(), opened.try_clone()?))).collect::<io::Result<_>>().map_err(failed)?;
+    let root = root(uid, Accelerator::Tcg, Reach::Nowhere, copies);
+    let iommufd = ability::takes_iommufd(program.try_clone().map_err(failed)?.into(), path, uid, root)?;
+    qemu::Ability::of(program, iommufd).map_err(|error| failed(error).into())
 }
 
 /// Everything that can be refused is refused here.
@@ -318,12 +376,13 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
     let max_tasks = u64::from(spec.cpus.get()) + OWN_TASKS + companion::TASKS * beside_it as u64;
     let memlock = admit_lock(spec, &facts)?;
     // A stage's nodes are nobody's to open.
-    let nodes =
-        if facts.staged { Vec::new() } else { vfio::node::names(facts.devices.iter().map(|passed| passed.group).collect::<std::collections::BTreeSet<_>>()) };
+    let by_node = if facts.staged || facts.descriptors.is_some() { Vec::new() } else { facts.devices.clone() };
+    let nodes = vfio::node::names(by_node.iter().map(|passed| passed.group).collect::<std::collections::BTreeSet<_>>());
     let staged = facts.walls == jail::Walls::Stage;
     let shown = if staged { stage::playable(spec) } else { spec.clone() };
     let vhost = if facts.vhost.is_empty() { Presence::Absent } else { Presence::Given };
-    let beside = |user_mode| Beside { vhost, devices: if staged { &[][..] } else { &facts.devices }, user_mode };
+    let passing = if facts.descriptors.is_some() { Passing::Iommufd } else { Passing::Group };
+    let beside = |user_mode| Beside { vhost, devices: if staged { &[][..] } else { &facts.devices }, passing, user_mode };
     let argv = |user_mode| argv::render(&granted.path.to_string_lossy(), slot, &vm.record.label, &shown, &beside(user_mode));
     Ok(Vetted::by_vet(Launch {
         record: Record { state: SlotState::Spawning, run: Some(run), ..vm.record.clone() },
@@ -342,7 +401,8 @@ fn vet(grants: &Grants, slots: &BTreeMap<Slot, Vm>, kvm: &KvmVerdict, id: Reques
         user_mode: spec.nics.iter().any(|nic| matches!(nic.backend, Backend::User { .. })),
         max_tasks,
         memlock,
-        devices: if facts.staged { Vec::new() } else { facts.devices },
+        devices: by_node,
+        descriptors: facts.descriptors,
         walls: facts.walls,
     }))
 }
@@ -517,7 +577,7 @@ async fn copies(supervisor: &Rc<Supervisor>, row: &'static Operation, tenancy: T
 }
 
 /// From here on the host changes. What fails leaves no process.
-async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot, vetted: Vetted<Launch>, lent: Lent) -> Result<Launched, Error> {
+async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot, vetted: Vetted<Launch>, lent: Lent) -> Result<Launched, Box<NotStarted>> {
     let ledger = supervisor.ledger.clone();
     let waiting = supervisor.act(row, slot, "fork QEMU", move || fork(vetted, lent, &ledger)).await??;
     if supervisor.scopes
@@ -526,8 +586,9 @@ async fn launch(supervisor: &Rc<Supervisor>, row: &'static Operation, slot: Slot
         // A child that failed while its scope was made is what the scope failed for.
         let error = waiting.children().into_iter().find_map(jail::Gated::failure).unwrap_or(error);
         // Its gate is closed, and its end waited for, on a helper: never in the loop.
-        let _ = supervisor.act(row, slot, "end the child", move || drop(waiting)).await;
-        return Err(error);
+        let record = Some(waiting.record.clone());
+        let left = supervisor.act(row, slot, "end the child", move || waiting.close()).await.unwrap_or_default();
+        return Err(Box::new(NotStarted { error, left, record }));
     }
     supervisor.act(row, slot, "start QEMU", move || open(waiting)).await?
 }
@@ -536,10 +597,34 @@ impl Waiting {
     fn children(&self) -> Vec<&jail::Gated> {
         self.companions.iter().map(|one| &one.gated).chain([&self.gated]).collect()
     }
+
+    /// None of them goes on. Gives those that do not end.
+    fn close(self) -> Vec<OwnedFd> {
+        self.gated.close().into_iter().chain(companion::close(self.companions)).collect()
+    }
 }
 
-fn fork(vetted: Vetted<Launch>, lent: Lent, ledger: &Ledger) -> Result<Waiting, Error> {
-    let mut launch = vetted.into_inner();
+fn fork(vetted: Vetted<Launch>, lent: Lent, ledger: &Ledger) -> Result<Waiting, Box<NotStarted>> {
+    let (mut gated, mut companions) = (None, Vec::new());
+    let made = fork_into(vetted.into_inner(), lent, ledger, &mut gated, &mut companions);
+    match (made, gated) {
+        (Ok((scope, qmp, record)), Some(gated)) => Ok(Waiting { gated, companions, scope, qmp, record }),
+        (made, gated) => {
+            let nobody = || Error::Failed { step: "clone".into(), errno: None, detail: "no child".into() };
+            let left = gated.and_then(jail::Gated::close).into_iter().chain(companion::close(companions)).collect();
+            Err(Box::new(NotStarted { error: made.err().unwrap_or_else(nobody), left, record: None }))
+        }
+    }
+}
+
+/// What was made until something failed is in the last two.
+fn fork_into(
+    mut launch: Launch,
+    lent: Lent,
+    ledger: &Ledger,
+    made: &mut Option<jail::Gated>,
+    companions: &mut Vec<companion::Waiting>,
+) -> Result<(Scope, OwnedFd, Record), Error> {
     let Lent { copies, queues, carrier } = lent;
     let network = reach(&launch, carrier);
     if carrier == Carrier::Slirp {
@@ -562,7 +647,6 @@ fn fork(vetted: Vetted<Launch>, lent: Lent, ledger: &Ledger) -> Result<Waiting, 
     };
     let log_again = log.try_clone().map_err(step("dup"))?;
     let limits = jail::Limits { tasks: launch.max_tasks, open_files: MAX_OPEN_FILES, locked_bytes: jail::LOCKED_BYTES };
-    let mut companions = Vec::new();
     let mut connections = Vec::new();
     let (granted, uid) = (launch.virtiofsd.as_ref(), launch.record.uid);
     let serving = launch.shares.into_iter().zip(copies).map(|((_, opened), copy)| virtiofsd::order(opened, granted, uid, copy));
@@ -572,8 +656,9 @@ fn fork(vetted: Vetted<Launch>, lent: Lent, ledger: &Ledger) -> Result<Waiting, 
         connections.push(connection);
     }
     let mut fds = vec![null, log, log_again, qmp_listener, console_listener, console_log];
+    let descriptors = launch.descriptors.into_iter().flat_map(|given| std::iter::once(given.iommu).chain(given.devices));
     // In the order that `argv` counts on.
-    fds.extend(given.chain(queues).chain(launch.vhost).chain(connections));
+    fds.extend(given.chain(queues).chain(launch.vhost).chain(connections).chain(descriptors));
     let plan = jail::Plan {
         program: launch.program,
         argv: launch.argv,
@@ -587,17 +672,17 @@ fn fork(vetted: Vetted<Launch>, lent: Lent, ledger: &Ledger) -> Result<Waiting, 
         sandbox: jail::Sandbox::Ours,
         walls: launch.walls,
     };
-    let gated = jail::fork(plan)?;
+    let gated = made.insert(jail::fork(plan)?);
     // Nothing runs yet: if the ledger can't take the pid, the gate closes and the child goes.
     if let Some(run) = &mut launch.record.run {
-        run.process = Some(companion::identity(&gated)?);
-        for one in &companions {
+        run.process = Some(companion::identity(gated)?);
+        for one in companions.iter() {
             run.companions.push(Companion { kind: one.kind, process: companion::identity(&one.gated)? });
         }
         run.spawned_ms = now_ms();
     }
     ledger.write(&launch.record).map_err(step("ledger"))?;
-    Ok(Waiting { gated, companions, scope: launch.scope, qmp, record: launch.record })
+    Ok((launch.scope, qmp, launch.record))
 }
 
 /// With the host's firmware for QEMU.
@@ -628,16 +713,24 @@ fn with_devices(root: jail::Root, devices: &[Passed]) -> jail::Root {
     devices.iter().fold(root, |root, passed| root.host_if_there(&format!("/sys/{}", passed.path)))
 }
 
-fn open(waiting: Waiting) -> Result<Launched, Error> {
+fn open(waiting: Waiting) -> Result<Launched, Box<NotStarted>> {
     let Waiting { gated, companions, qmp, record, .. } = waiting;
     let (slot, pid) = (record.slot, gated.pid);
-    let companions = companion::open(companions, EXEC_PATIENCE)?;
+    let companions = match companion::open(companions, EXEC_PATIENCE) {
+        Ok(companions) => companions,
+        Err(mut failed) => {
+            failed.left.extend(gated.close());
+            failed.record = Some(record);
+            return Err(failed);
+        }
+    };
     match gated.open(EXEC_PATIENCE) {
         Ok(pidfd) => Ok(Launched { pidfd, companions, qmp, record }),
-        Err(error) => {
-            companion::end(&companions);
-            tracing::warn!(%slot, pid, %error, "QEMU was not started");
-            Err(error)
+        Err(mut failed) => {
+            failed.left.extend(companion::end(companions));
+            tracing::warn!(%slot, pid, error = %failed.error, "QEMU was not started");
+            failed.record = Some(record);
+            Err(failed)
         }
     }
 }

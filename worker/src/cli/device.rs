@@ -16,6 +16,7 @@ const COLUMNS: &[Column] = &[
     Column::text("CLASS").expendable(4),
     Column::number("MMIO").expendable(5),
     Column::text("RESET").expendable(3),
+    Column::text("BY").expendable(6),
     Column::text("TROUBLE"),
 ];
 
@@ -60,6 +61,7 @@ fn row(of: &DeviceView) -> Vec<Value> {
         Value::maybe(of.class.as_deref()),
         Value::maybe(of.mmio_mib.map(|mib| format!("{mib}M"))),
         Value::maybe(of.resettable.map(|can| if can { "yes" } else { "no" })),
+        Value::maybe(of.passing.as_deref()),
         Value::maybe(of.trouble.as_deref()),
     ]
 }
@@ -93,6 +95,7 @@ mod tests {
             class: Some("030200".into()),
             mmio_mib: Some(131_105),
             resettable: Some(true),
+            passing: None,
             trouble: Some("its config space reads\u{1b}[2J ff".into()),
         };
         let free = DeviceView {
@@ -105,9 +108,17 @@ mod tests {
             class: None,
             mmio_mib: None,
             resettable: None,
+            passing: None,
             trouble: None,
         };
-        vec![gpu, free]
+        let card = DeviceView {
+            function: Bdf::new("0000:82:00.0").expect("a function"),
+            state: "attached".into(),
+            passing: Some("iommufd".into()),
+            trouble: None,
+            ..gpu.clone()
+        };
+        vec![gpu, free, card]
     }
 
     #[test]
@@ -116,9 +127,10 @@ mod tests {
         let mut printed = Printed::default();
         list(&worker.socket, &mut printed.screen()).expect("listed");
         let expected = "\
-DEVICE        STATE        VM       GROUP  MODEL      CLASS      MMIO  RESET  TROUBLE
-0000:65:00.0  quarantined  gpu          7  10de:2330  030200  131105M  yes    its config space reads\\x1b[2J ff
-0000:66:00.0  free         (other)      -  -          -             -  -      -
+DEVICE        STATE        VM       GROUP  MODEL      CLASS      MMIO  RESET  BY       TROUBLE
+0000:65:00.0  quarantined  gpu          7  10de:2330  030200  131105M  yes    -        its config space reads\\x1b[2J ff
+0000:66:00.0  free         (other)      -  -          -             -  -      -        -
+0000:82:00.0  attached     gpu          7  10de:2330  030200  131105M  yes    iommufd  -
 ";
         assert_eq!(printed.out(), expected);
         assert_eq!(printed.err(), "not all\n");

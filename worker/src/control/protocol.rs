@@ -240,6 +240,8 @@ pub struct DeviceView {
     pub class: Option<String>,
     pub mmio_mib: Option<u64>,
     pub resettable: Option<bool>,
+    /// How a VM has it, while one runs with it: `group` (its node) or `iommufd` (descriptors).
+    pub passing: Option<String>,
     /// Why it is quarantined.
     pub trouble: Option<String>,
 }

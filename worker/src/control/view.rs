@@ -129,6 +129,7 @@ fn device_views(facts: Option<&HostInventory>, named: &[(Bdf, Label)]) -> Vec<De
                 class: Some(format!("{:06x}", known.class)),
                 mmio_mib: Some(known.mmio_mib),
                 resettable: Some(known.resettable),
+                passing: record.passing.map(|passing| passing.as_str().into()),
                 trouble: record.trouble.clone(),
             };
             views.insert(known.function.clone(), view);
@@ -145,6 +146,7 @@ fn device_views(facts: Option<&HostInventory>, named: &[(Bdf, Label)]) -> Vec<De
             class: None,
             mmio_mib: None,
             resettable: None,
+            passing: None,
             trouble: None,
         };
         views.entry(function.clone()).or_insert_with(free).wanted_by.push(name.clone());

@@ -33,6 +33,8 @@ fn facts() -> Facts {
         walls: jail::Walls::Jail,
         vhost: Vec::new(),
         devices: Vec::new(),
+        descriptors: None,
+        ability: None,
         lockable: None,
         staged: false,
         passt: passt::Facts::Unasked,

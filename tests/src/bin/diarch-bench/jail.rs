@@ -48,7 +48,7 @@ fn in_a_jail() {
         sandbox: Sandbox::Ours,
         walls: Walls::Jail,
     };
-    let pidfd = jail::fork(plan).and_then(|gated| gated.open(SOON)).expect("a jail");
+    let pidfd = jail::fork(plan).and_then(|gated| gated.open(SOON).map_err(|failed| failed.error)).expect("a jail");
     assert!(diarch_supervisor::process::wait_ended(&pidfd, SOON).expect("wait"), "it ends");
     assert_eq!(diarch_supervisor::process::reap(&pidfd), diarch_ipc::operation::ExitStatus::Code(0));
 }

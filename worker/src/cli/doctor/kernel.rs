@@ -59,7 +59,11 @@ pub fn iommu(host: &Host, with_devices: u32) -> Finding {
     let (detail, fix) = match (groups, vfio_pci(host)) {
         (0, _) => ("no IOMMU groups", "the firmware's switch (VT-d, AMD-Vi), and intel_iommu=on on the kernel command line"),
         (_, false) => ("IOMMU groups, and no driver vfio-pci", "modprobe vfio-pci, or a kernel that has it"),
-        (n, true) => return Finding::info("iommu", format!("{} and vfio-pci: devices can be passed through", count(n, "IOMMU group"))),
+        (n, true) => {
+            let how =
+                if host.root.join("sys/class/misc/iommu").exists() { "as descriptors of iommufd's, by a QEMU that knows it" } else { "by their groups' nodes" };
+            return Finding::info("iommu", format!("{} and vfio-pci: devices can be passed through, {how}", count(n, "IOMMU group")));
+        }
     };
     match with_devices {
         0 => Finding::info("iommu", format!("{detail}: no device can be passed through")).or(format!("for passthrough: {fix}")),
@@ -112,6 +116,8 @@ mod tests {
         assert!(without.level == Level::Fail && without.detail.contains("vfio-pci") && without.detail.contains("2 VMs"), "{without:?}");
         host.write("lib/modules/6.12.0/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz");
         let with = iommu(&host, 2);
-        assert_eq!((with.level, with.detail.as_str()), (Level::Info, "1 IOMMU group and vfio-pci: devices can be passed through"));
+        assert_eq!((with.level, with.detail.as_str()), (Level::Info, "1 IOMMU group and vfio-pci: devices can be passed through, by their groups' nodes"));
+        host.write("sys/class/misc/iommu/dev", "10:259");
+        assert!(iommu(&host, 2).detail.ends_with("passed through, as descriptors of iommufd's, by a QEMU that knows it"));
     }
 }
