@@ -6,6 +6,8 @@ TREE   := $(CURDIR)/.cache/debian13
 # The host with an IOMMU that tests boot, made from it (docs/LAB.md).
 LAB    := $(CURDIR)/.cache/lab
 TARGET := $(or $(CARGO_TARGET_DIR),target)
+# What its kernel lacks for devices by descriptor.
+IOMMUFD := $(CURDIR)/.cache/iommufd
 # Leads to the package of this version.
 DEB    := $(abspath $(TARGET))/diarch.deb
 
@@ -17,14 +19,14 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -E)
 
-.PHONY: help all build deb demo test test-fast chaos bench lint guest tree lab docs clean prerequisites
+.PHONY: help all build deb demo test test-fast chaos bench lint guest tree lab iommufd docs clean prerequisites
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ' *:.*## ' '/^[a-z -]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 # One check per run, for all goals together. (An order-only prerequisite of the rest, so that it comes first under -j too.)
-NEEDS := $(sort build $(filter demo deb,$(MAKECMDGOALS)) $(if $(filter test guest tree lab bench,$(MAKECMDGOALS)),test))
+NEEDS := $(sort build $(filter demo deb,$(MAKECMDGOALS)) $(if $(filter test guest tree lab iommufd bench,$(MAKECMDGOALS)),test))
 prerequisites:
 	@scripts/prerequisites $(NEEDS)
 
@@ -40,10 +42,10 @@ demo: build guest ## a VM that survives the death of each half, before your eyes
 # Tests are built as the user who runs make, and only the test executables run as root: no root-owned files in target/,
 # and root needs no cargo. cargo takes the runner from the environment; it is empty, thus none, for root.
 # All binaries are built first, as tests start those of other crates. Last, the package is built a second time elsewhere: it must be the same bytes.
-test: lint guest tree lab deb ## everything: style, unit tests, and real VMs (needs root)
+test: lint guest tree lab iommufd deb ## everything: style, unit tests, and real VMs (needs root)
 	cargo build --workspace --all-targets --locked
 	$(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)') DIARCH_GUEST=$(GUEST) DIARCH_TREE=$(TREE) \
-		DIARCH_LAB=$(LAB) DIARCH_DEB=$(DEB) cargo test --workspace --locked --no-fail-fast
+		DIARCH_LAB=$(LAB) DIARCH_IOMMUFD=$(IOMMUFD) DIARCH_DEB=$(DEB) cargo test --workspace --locked --no-fail-fast
 	scripts/reproducible
 
 test-fast: | prerequisites ## the tests that need no root, no QEMU and no guest
@@ -72,6 +74,9 @@ tree: | prerequisites ## the Debian that tests boot, in .cache/debian13
 
 lab: tree ## the host with an IOMMU and KVM that tests boot under emulation, in .cache/lab
 	@$(SUDO) tests/lab/build $(LAB) $(TREE)
+
+iommufd: tree ## modules with which the lab's kernel has iommufd, from Debian's own source of it, in .cache/iommufd
+	@$(SUDO) tests/lab/iommufd $(IOMMUFD) $(TREE)
 
 docs: build ## docs/OPERATIONS.md, from the table in the program
 	$(TARGET)/release/diarch-supervisor operations --format markdown >docs/OPERATIONS.md.new

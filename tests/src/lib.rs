@@ -23,6 +23,7 @@
 //! | `wire`     | connections under another user id, and frames that no honest worker sends                   |
 //! | `chaos`    | random operations and random deaths, and three accounts of the host compared after each round |
 //! | `stepper`  | kills a process at one chosen system call                                                   |
+//! | `undying`  | a process that is killed and does not end                                                   |
 
 pub mod chaos;
 pub mod host;
@@ -34,4 +35,5 @@ pub mod puppet;
 pub mod stage;
 pub mod stand_in;
 pub mod stepper;
+pub mod undying;
 pub mod wire;

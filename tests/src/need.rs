@@ -20,6 +20,8 @@ pub enum Need {
     Machine,
     /// What [`Lab`](crate::lab::Lab) boots, and boots it with: `mke2fs`, QEMU, and the image (`tests/lab/build`) named by `DIARCH_LAB`.
     Lab,
+    /// The modules with which the lab's kernel has iommufd (`tests/lab/iommufd`), in the directory named by `DIARCH_IOMMUFD`.
+    Iommufd,
     /// `ip` and `nft`.
     Network,
     /// `/usr/bin/passt`.
@@ -56,6 +58,7 @@ impl Need {
                 let missing: Vec<String> = parts.into_iter().flatten().collect();
                 (!missing.is_empty()).then(|| missing.join(" and "))
             }
+            Need::Iommufd => iommufd().is_none().then(|| "the lab's modules of iommufd (run make iommufd and set DIARCH_IOMMUFD to their directory)".into()),
             Need::Passt => (!PathBuf::from("/usr/bin/passt").exists()).then(|| "passt (apt install passt)".into()),
             Need::Network => {
                 let tool = |name: &str| ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].iter().any(|dir| PathBuf::from(dir).join(name).exists());
@@ -120,6 +123,14 @@ pub fn lab() -> Option<PathBuf> {
     named.into_iter().find(|dir| ["vmlinuz", "initrd.img", "root.img", "stamp"].iter().all(|name| dir.join(name).exists()))
 }
 
+/// The modules, in the order in which they are loaded.
+pub fn iommufd() -> Option<Vec<PathBuf>> {
+    let mut modules: Vec<PathBuf> = std::fs::read_dir(std::env::var_os("DIARCH_IOMMUFD")?).ok()?.flatten().map(|entry| entry.path()).collect();
+    modules.retain(|path| path.extension().is_some_and(|extension| extension == "ko"));
+    modules.sort();
+    (!modules.is_empty()).then_some(modules)
+}
+
 /// The `.deb`.
 pub fn package() -> Option<PathBuf> {
     std::env::var_os("DIARCH_DEB").map(PathBuf::from).filter(|deb| deb.is_file())
@@ -146,7 +157,7 @@ pub fn met(test: &str, needs: &[Need]) -> bool {
 macro_rules! need {
     ($($need:expr),+ $(,)?) => {{
         #[allow(unused_imports)]
-        use $crate::need::Need::{Guest, Images, Kernel, Lab, Machine, Network, Package, Passt, Qemu, Root};
+        use $crate::need::Need::{Guest, Images, Iommufd, Kernel, Lab, Machine, Network, Package, Passt, Qemu, Root};
         let name = std::thread::current().name().unwrap_or(module_path!()).to_owned();
         if !$crate::need::met(&name, &[$($need),+]) {
             return;

@@ -1,12 +1,14 @@
 //! Programs beside a VM's QEMU, in a network of the test's own: a real guest, real passt, and the kernel's packet filter.
 
+use diarch_ipc::Error;
 use diarch_ipc::name::{CommandLine, Forward, IpText, Mac, MiB, Port, Protocol, QemuName, Tenancy};
-use diarch_ipc::operation::{Console, Event, Reply, Request, Spawn};
+use diarch_ipc::operation::{Console, Event, Release, Reply, Request, SlotState, Spawn};
 use diarch_ipc::spec::{Backend, Boot, Egress, Nic, Presence, VmSpec};
 use diarch_tests::host::{Host, Session, assert_same, free_port};
 use diarch_tests::need;
 use diarch_tests::netns::{self, World, ip, run};
 use diarch_tests::stand_in::Unit;
+use diarch_tests::undying::{Undying, Until};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -54,6 +56,10 @@ fn user(egress: Egress, port: u16) -> Nic {
 
 /// The test guest, with these cards.
 fn start(host: &Host, session: &Session, tenancy: Tenancy, nics: Vec<Nic>) {
+    try_start(host, session, tenancy, nics).unwrap();
+}
+
+fn try_start(host: &Host, session: &Session, tenancy: Tenancy, nics: Vec<Nic>) -> Result<(), Error> {
     let (plain, mut fds) = host.spec("");
     fds.truncate(2);
     let files = need::guest().unwrap();
@@ -62,7 +68,7 @@ fn start(host: &Host, session: &Session, tenancy: Tenancy, nics: Vec<Nic>) {
     }
     let boot = Boot::Kernel { command_line: CommandLine::new("console=ttyS0 quiet panic=-1").unwrap(), initrd: Presence::Given, firmware: Presence::Absent };
     let spec = VmSpec { memory: MiB::new(256).unwrap(), boot, nics, ..plain };
-    session.ask(Request::VmSpawn(Spawn { tenancy, spec }), fds).unwrap();
+    session.ask(Request::VmSpawn(Spawn { tenancy, spec }), fds).map(drop)
 }
 
 fn get(to: SocketAddr) -> std::io::Result<String> {
@@ -290,6 +296,112 @@ fn companions_end_with_their_qemu_before_that_is_told_so_that_the_next_one_finds
     host.wait_ready();
     session.release(tenancy);
     assert!(tables().is_empty(), "{}", tables());
+    drop(session);
+    assert_same(&before, &host);
+}
+
+/// The next of these events, and what was told before it.
+fn quarantined(session: &Session) -> String {
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        match session.event(until.saturating_duration_since(Instant::now())) {
+            Some(Event::VmQuarantined { reason, .. }) => return reason,
+            Some(_) => {}
+            None => panic!("no vm.quarantined"),
+        }
+    }
+}
+
+/// What was killed in the slot has not ended: nothing is started there, no release succeeds, and a restarted supervisor knows it too. Then it ends.
+fn kept_until_it_ends(host: &Host, session: &Session, tenancy: Tenancy, undying: Undying, then: SlotState) {
+    let state = || session.record(tenancy).unwrap().state;
+    let card = || vec![user(Egress::Closed, free_port())];
+    assert!(lives(undying.pid), "it is held, so that it can't end");
+    assert_eq!(state(), SlotState::Quarantined);
+    assert_eq!(try_start(host, session, tenancy, card()).unwrap_err().kind(), "wrong-state");
+    host.manager().kill_and_wait(Unit::Supervisor);
+    assert_eq!((state(), lives(undying.pid)), (SlotState::Quarantined, true), "a new supervisor finds it");
+    assert_eq!(try_start(host, session, tenancy, card()).unwrap_err().kind(), "wrong-state");
+    undying.let_go();
+    wait("it has ended", SOON, || state() == then);
+    start(host, session, tenancy, card());
+}
+
+#[test]
+fn a_companion_that_does_not_end_keeps_its_slot_from_everybody_until_it_has() {
+    need!(Root, Qemu, Guest, Network, Passt, Kernel(6, 5));
+    let (host, _world) = host(PASST, Route::Default);
+    let before = host.inventory();
+    let session = host.session();
+    let tenancy = session.claim("web").tenancy;
+    start(&host, &session, tenancy, vec![user(Egress::Closed, free_port())]);
+    let (qemu, companions) = pids(&host);
+    let undying = Undying::of(companions[0], Until::Runs).unwrap();
+    kill(qemu);
+    let reason = quarantined(&session);
+    assert!(reason.contains("was killed and has not ended"), "{reason}");
+    kept_until_it_ends(&host, &session, tenancy, undying, SlotState::Exited);
+
+    // Also of a VM that is released: its slot and its user go to nobody.
+    let undying = Undying::of(pids(&host).1[0], Until::Runs).unwrap();
+    let error = session.ask(Request::VmRelease(Release { tenancy }), Vec::new()).unwrap_err();
+    assert!(error.kind() == "timeout" && error.to_string().contains("hangs in the kernel"), "{error}");
+    assert_eq!(host.ledger().values().next().unwrap()["state"], "releasing");
+    let next = session.claim("next").tenancy;
+    assert_ne!(next.slot, tenancy.slot);
+    undying.let_go();
+    session.release(tenancy);
+    session.release(next);
+    drop(session);
+    assert_same(&before, &host);
+}
+
+#[test]
+fn a_start_whose_child_does_not_end_is_no_free_slot_until_it_has() {
+    need!(Root, Qemu, Guest, Network, Passt, Kernel(6, 5));
+    let (host, _world) = host(PASST, Route::Default);
+    let before = host.inventory();
+    let session = host.session();
+    let tenancy = session.claim("web").tenancy;
+    // The first child of the start is stopped at its gate. That is a race, which is tried until it is won.
+    let undying = (0..50).find_map(|_| {
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let stopped = scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Acquire) {
+                    let tasks = fs::read_dir(format!("/proc/{}/task", host.supervisor_pid())).unwrap().flatten();
+                    let children = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+                    let children: Vec<i32> = children.flat_map(|text| text.split_whitespace().flat_map(str::parse).collect::<Vec<_>>()).collect();
+                    // In a jail (not the packet filter's program), and with its own descriptors only: before that it has the supervisor's connections too, and they
+                    // would not end with the supervisor.
+                    let own = fs::read_link(format!("/proc/{}/ns/pid", host.supervisor_pid())).unwrap();
+                    let jailed = |child: i32| fs::read_link(format!("/proc/{child}/ns/pid")).is_ok_and(|namespace| namespace != own);
+                    let waits = |child: i32| fs::read_dir(format!("/proc/{child}/fd")).is_ok_and(|files| files.count() <= 6);
+                    if let Some(child) = children.iter().find(|child| jailed(**child) && waits(**child)) {
+                        return Undying::of(*child, Until::Stops);
+                    }
+                }
+                None
+            });
+            let started = try_start(&host, &session, tenancy, vec![user(Egress::Closed, free_port())]);
+            done.store(true, std::sync::atomic::Ordering::Release);
+            let undying = stopped.join().unwrap();
+            match started {
+                Err(error) if error.to_string().contains("exec") && undying.is_some() => undying,
+                _ => {
+                    drop(undying);
+                    kill(pids(&host).0);
+                    wait("QEMU has ended", SOON, || session.record(tenancy).unwrap().state == SlotState::Exited);
+                    None
+                }
+            }
+        })
+    });
+    let reason = quarantined(&session);
+    assert!(reason.contains("the child of a start that failed was killed and has not ended"), "{reason}");
+    assert_eq!(host.ledger().values().next().unwrap()["state"], "spawning", "a restarted supervisor is to find it");
+    kept_until_it_ends(&host, &session, tenancy, undying.expect("stopped in time"), SlotState::Claimed);
+    session.release(tenancy);
     drop(session);
     assert_same(&before, &host);
 }

@@ -5,8 +5,10 @@ use diarch_ipc::name::{QemuName, Tenancy};
 use diarch_ipc::operation::{Reply, Request, Signal, SignalKind, Spawn};
 use diarch_ipc::spec::{DiskAccess, DiskFormat};
 use diarch_supervisor::vm::jail::{self, Limits, Network, Plan, Root, Sandbox, Sockets, mount};
+use diarch_supervisor::vm::{ability, lingering, spawn};
 use diarch_tests::host::{Host, Session, binary};
 use diarch_tests::need;
+use diarch_tests::undying::{Undying, Until};
 use diarch_tests::wire::{User, as_user, connect};
 use nix::libc;
 use std::collections::{BTreeMap, BTreeSet};
@@ -468,6 +470,40 @@ fn start_after_opening(path: &Path) -> nix::unistd::Pid {
     unsafe { libc::posix_spawn_file_actions_destroy(&raw mut actions) };
     assert_eq!(result, 0, "{}", std::io::Error::from_raw_os_error(result));
     nix::unistd::Pid::from_raw(pid)
+}
+
+#[test]
+fn a_killed_child_that_does_not_end_is_handed_over_with_the_error() {
+    need!(Root, Kernel(6, 5));
+    let directory = tempfile::tempdir().unwrap();
+    for open in [true, false] {
+        let gated = jail::fork(plan(directory.path(), "", Root::of_a_program()).0).unwrap();
+        let undying = Undying::of(gated.pid.cast_signed(), Until::Stops).unwrap();
+        let left = if open {
+            let failed = gated.open(Duration::from_millis(200)).unwrap_err();
+            assert_eq!(failed.error.kind(), "timeout");
+            failed.left
+        } else {
+            gated.close().into_iter().collect()
+        };
+        assert_eq!(left.len(), 1, "killed, and alive");
+        undying.let_go();
+        assert!(lingering::kill(left, SOON).is_empty());
+    }
+    let gated = jail::fork(plan(directory.path(), "", Root::of_a_program()).0).unwrap();
+    assert!(gated.close().is_none(), "one that can goes at once");
+}
+
+#[test]
+fn a_qemu_is_asked_in_a_jail_whether_it_takes_devices_as_descriptors() {
+    need!(Root, Qemu, Kernel(6, 5));
+    let ask = |path: &Path, root: Root| ability::takes_iommufd(File::open(path).unwrap().into(), path.to_str().unwrap(), UID, root).unwrap();
+    assert!(ask(Path::new("/bin/true"), Root::of_a_program()) && !ask(Path::new("/bin/false"), Root::of_a_program()));
+    let qemu = fs::canonicalize(need::qemu().unwrap()).unwrap();
+    let said = std::process::Command::new(&qemu).arg("--version").output().unwrap().stdout;
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let major: u32 = said.trim_start_matches("QEMU emulator version ").split('.').next().unwrap().parse().unwrap();
+    assert_eq!(ask(&qemu, spawn::firmware(Root::of_a_program())), major >= 9, "{said}");
 }
 
 #[test]

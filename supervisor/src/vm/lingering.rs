@@ -64,8 +64,12 @@ pub fn keep(supervisor: &Rc<Supervisor>, tenancy: Tenancy, left: Vec<OwnedFd>, w
     supervisor.tell_quarantined(slot, label, format!("{what} was killed and has not ended: the kernel holds it. Nothing is started here until it has"));
     tokio::task::spawn_local(async move {
         for pidfd in &left {
-            while let Err(error) = ended(pidfd).await {
-                tracing::error!(%slot, %error, "a killed process can't be watched; trying again");
+            loop {
+                match ended(pidfd).await {
+                    Ok(true) => break,
+                    Ok(false) => {}
+                    Err(error) => tracing::error!(%slot, %error, "a killed process can't be watched; trying again"),
+                }
                 tokio::time::sleep(AGAIN).await;
             }
             let _ = process::reap_child(pidfd);
@@ -80,10 +84,11 @@ pub fn keep(supervisor: &Rc<Supervisor>, tenancy: Tenancy, left: Vec<OwnedFd>, w
     });
 }
 
-async fn ended(pidfd: &OwnedFd) -> std::io::Result<()> {
+/// Waits for it. What the loop says is asked of the kernel again: here, a slot is given away by it.
+async fn ended(pidfd: &OwnedFd) -> std::io::Result<bool> {
     // A descriptor of its own: the loop polls one only once, and others may poll that.
     #[allow(deprecated)] // as in `watch`
     let watched = AsyncFd::with_interest(pidfd.try_clone()?, Interest::READABLE)?;
     drop(watched.readable().await?);
-    Ok(())
+    process::wait_ended(pidfd, Duration::ZERO)
 }

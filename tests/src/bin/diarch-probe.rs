@@ -9,6 +9,7 @@
 //!   diarch-probe reach ADDRESS PORT      opens a TCP connection
 //!   diarch-probe listen ADDRESS PORT     waits for some
 //!   diarch-probe calls                   makes system calls that do nothing, one in each process
+//!   diarch-probe keep PID NAME           takes a copy of a process's descriptor, and keeps it until it is killed
 //!   diarch-probe jail DIRECTORY          what a VM's jail is made of: namespaces, a mount by descriptor, one by path
 //! ```
 
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         ["squat", socket, uid] => squat(Path::new(socket), uid.parse().expect("a user id")),
         ["reach", address, port] => reach(address, port.parse().expect("a port")),
         ["listen", address, port] => listen(address, port.parse().expect("a port")),
+        ["keep", pid, name] => keep(pid.parse().expect("a number"), name),
         ["calls"] => Ok(calls()),
         ["jail", directory] => Ok(jail(directory)),
         _ => {
@@ -98,6 +100,24 @@ fn borrow(via: &Path) -> io::Result<OwnedFd> {
     std::mem::forget(lender);
     let lent = control.drain().find_map(|message| if let RecvAncillaryMessage::ScmRights(mut fds) = message { fds.next() } else { None });
     lent.ok_or_else(|| io::Error::other("nothing was lent"))
+}
+
+/// What a process can send over a socket it could have sent to us; root takes it without asking.
+fn keep(pid: i32, name: &str) -> io::Result<String> {
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    for file in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let file = file?;
+        if std::fs::read_link(file.path()).is_ok_and(|link| link.to_string_lossy() == name) {
+            let number = file.file_name().to_string_lossy().parse().map_err(io::Error::other)?;
+            let process = pidfd_open(Pid::from_raw(pid).ok_or_else(|| io::Error::other("no process"))?, PidfdFlags::empty())?;
+            let _kept = pidfd_getfd(process, number, PidfdGetfdFlags::empty())?;
+            println!("kept");
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+    Err(io::Error::other(format!("process {pid} has no {name}")))
 }
 
 fn leave(socket: &Path) -> io::Result<String> {

@@ -25,11 +25,32 @@ const GRANTS: &str = "[worker]\nuser = \"diarch\"\n\
 /// The lab with a supervisor, as its unit runs it. It takes all of that away again.
 struct Scene {
     lab: Turn<'static>,
+    /// What is done at the end: modules that are not Debian's own go, as other tests are about those.
+    last: &'static str,
 }
+
+/// VFIO's modules, and iommufd's.
+const UNLOAD: &str = "for module in vfio_pci vfio_pci_core vfio_iommu_type1 vfio iommufd; do [ ! -e /sys/module/$module ] || rmmod $module; done";
 
 impl Scene {
     fn set() -> Self {
-        let scene = Self { lab: Lab::turn() };
+        Self::on(Lab::turn(), "")
+    }
+
+    /// The same with a kernel that has iommufd.
+    fn with_iommufd() -> Self {
+        let lab = Lab::turn();
+        lab.sh(&format!("{UNLOAD}; mkdir -p /run/iommufd; modprobe irqbypass"));
+        for module in diarch_tests::need::iommufd().expect("need!(Iommufd) comes first") {
+            let at = format!("/run/iommufd/{}", module.file_name().expect("a file").to_string_lossy());
+            lab.copy_in(&module, &at, 0o644);
+            lab.sh(&format!("insmod {at}"));
+        }
+        Self::on(lab, UNLOAD)
+    }
+
+    fn on(lab: Turn<'static>, last: &'static str) -> Self {
+        let scene = Self { lab, last };
         scene.lab.supervise(GRANTS);
         scene
     }
@@ -82,6 +103,29 @@ impl Scene {
         (!words.is_empty()).then(|| format!("{} {} {}", words[0], words[2], words[3]))
     }
 
+    /// How a VM has it, as it is written down.
+    fn passing(&self, bdf: &str) -> Value {
+        let written: Value = serde_json::from_str(&self.lab.read(&format!("/run/diarch/device/{}.json", self.lab.group(bdf)))).expect("a whole record");
+        written["record"]["passing"].clone()
+    }
+
+    /// What a process has open below /dev/vfio, and of iommufd.
+    fn open_devices(&self, pid: u64) -> Vec<String> {
+        let shown = self.lab.sh(&format!("find /proc/{pid}/fd -type l -printf '%l\\n' | grep -E '^/dev/(vfio|iommu)' | sort || true"));
+        shown.lines().map(str::to_owned).collect()
+    }
+
+    fn assert_guest_drives_the_card(&self, pid: u64) {
+        let lab = &self.lab;
+        let line = format!("diarch-guest: card eth0 {} e1000e", device::CARD_MAC);
+        let console = format!("{DIRECTORY}/logs/puppet-console");
+        lab.wait_for("the guest drives the card", LONG, || {
+            assert!(lab.exists(&format!("/proc/{pid}")), "QEMU has ended: {}", lab.sh(&format!("cat {DIRECTORY}/logs/*")));
+            lab.read(&console).lines().any(|l| l.trim_end() == line).then_some(())
+        });
+        assert!(lab.sh(&format!("cat /proc/{pid}/task/*/comm")).lines().any(|name| name == "CPU 0/KVM"));
+    }
+
     fn assert_bound(&self, bdf: &str) {
         let found = (self.state(bdf), self.lab.driver(bdf), self.overridden(bdf), self.node(bdf));
         let text = |text: &str| text.to_owned();
@@ -108,6 +152,12 @@ impl Drop for Scene {
             eprintln!("{}", self.lab.try_sh("tail -n 5 /run/diarch-devices/logs/* || true").stdout);
         }
         self.lab.end_supervision();
+        if !self.last.is_empty() {
+            let gone = self.lab.try_sh(self.last);
+            if !gone.success() {
+                eprintln!("what the scene was made of is not all gone: {gone:?}");
+            }
+        }
     }
 }
 
@@ -167,14 +217,8 @@ fn a_real_card_goes_to_a_jailed_kvm_guest_by_its_slots_user_alone_and_comes_back
     let pid = scene.ask(spawn(tenancy, device::CARD))["pid"].as_u64().expect("a process");
     assert_eq!(scene.state(device::CARD).as_deref(), Some("attached"));
     assert_eq!(scene.who_may_open(device::CARD, &users), [uid], "while its VM runs, by its user alone");
-    let line = format!("diarch-guest: card eth0 {} e1000e", device::CARD_MAC);
-    let console = format!("{DIRECTORY}/logs/puppet-console");
-    lab.wait_for("the guest drives the card", LONG, || {
-        assert!(lab.exists(&format!("/proc/{pid}")), "QEMU has ended: {}", lab.sh(&format!("cat {DIRECTORY}/logs/*")));
-        lab.read(&console).lines().any(|l| l.trim_end() == line).then_some(())
-    });
+    scene.assert_guest_drives_the_card(pid);
     eprintln!("a guest drove the card after {:?}", started.elapsed());
-    assert!(lab.sh(&format!("cat /proc/{pid}/task/*/comm")).lines().any(|name| name == "CPU 0/KVM"));
     assert!(
         lab.sh(&format!("ls /proc/{pid}/root/dev/vfio")).lines().eq([lab.group(device::CARD).to_string().as_str(), "vfio"]),
         "its jail has its own group only"
@@ -190,6 +234,84 @@ fn a_real_card_goes_to_a_jailed_kvm_guest_by_its_slots_user_alone_and_comes_back
     scene.assert_the_hosts(device::CARD, Some("e1000e"));
     lab.wait_for("its interface", WAIT, || lab.interface(device::CARD).filter(|name| *name == interface));
     scene.ask(release(tenancy));
+}
+
+/// A real card, a jailed KVM guest, and iommufd. Debian's kernel lacks it: its modules are built from that kernel's own source (`tests/lab/iommufd`).
+#[test]
+fn a_real_card_goes_to_a_jailed_kvm_guest_as_iommufds_descriptors_alone_and_comes_back() {
+    need!(Lab, Iommufd);
+    let scene = Scene::with_iommufd();
+    let lab = &scene.lab;
+    let interface = lab.interface(device::CARD).expect("the host drives it");
+    let tenancy = scene.claim("card");
+    scene.ask(bind(tenancy, device::CARD));
+    scene.assert_bound(device::CARD);
+    let own = format!("/dev/vfio/devices/{}", lab.sh(&format!("ls /sys/bus/pci/devices/{}/vfio-dev", device::CARD)));
+    let nodes = || lab.sh(&format!("ls -ln /dev/iommu {own} /dev/vfio/{}", lab.group(device::CARD)));
+    let before = nodes();
+
+    let pid = scene.ask(spawn(tenancy, device::CARD))["pid"].as_u64().expect("a process");
+    assert_eq!((scene.state(device::CARD).as_deref(), scene.passing(device::CARD)), (Some("attached"), json!("iommufd")));
+    scene.assert_guest_drives_the_card(pid);
+    assert_eq!(scene.open_devices(pid), ["/dev/iommu", &own]);
+    assert_eq!(nodes(), before, "no node is opened to anybody");
+    assert_eq!(lab.sh(&format!("ls -d /proc/{pid}/root/dev/vfio /proc/{pid}/root/dev/iommu /proc/{pid}/root/sys 2>/dev/null || true")), "", "nor in its jail");
+    let allowed = lab.systemctl(&["show", "--value", "-p", "DeviceAllow", &format!("diarch-vm-{}.scope", tenancy.slot)]);
+    assert!(allowed.contains("/dev/kvm") && !allowed.contains("vfio") && !allowed.contains("iommu"), "nor on its scope's list: {allowed}");
+    let supervisor = lab.systemctl(&["show", "--value", "-p", "MainPID", SUPERVISOR]).parse().expect("a number");
+    assert!(scene.open_devices(supervisor).is_empty(), "the supervisor keeps none of it");
+    // What pins the guest's memory is counted for the slot's user, within its limit.
+    let limit = lab.sh(&format!("awk '/Max locked memory/ {{ print $4 }}' /proc/{pid}/limits"));
+    assert!(limit.parse::<u64>().is_ok_and(|bytes| bytes > 512 << 20), "{limit}");
+
+    scene.ask(kill(tenancy));
+    lab.wait_for("its end is seen to", WAIT, || (scene.state(device::CARD).as_deref() == Some("bound")).then_some(()));
+    scene.assert_bound(device::CARD);
+    assert_eq!((nodes(), scene.passing(device::CARD)), (before, Value::Null));
+
+    kept_after_its_vm(&scene, tenancy, &own);
+    assert_eq!(scene.ask(unbind(tenancy, device::CARD))["existed"], true);
+    scene.assert_the_hosts(device::CARD, Some("e1000e"));
+    lab.wait_for("its interface", WAIT, || lab.interface(device::CARD).filter(|name| *name == interface));
+    scene.ask(release(tenancy));
+}
+
+#[test]
+fn a_real_device_that_somebody_kept_after_its_vm_is_given_to_nobody_until_he_has_let_go() {
+    need!(Lab);
+    let scene = Scene::set();
+    let tenancy = scene.claim("card");
+    scene.ask(bind(tenancy, device::CARD));
+    kept_after_its_vm(&scene, tenancy, "anon_inode:[vfio-device]");
+    scene.ask(release(tenancy));
+    scene.assert_the_hosts(device::CARD, Some("e1000e"));
+}
+
+/// Somebody takes QEMU's descriptor of this name, and has it when QEMU has ended.
+fn kept_after_its_vm(scene: &Scene, tenancy: Tenancy, name: &str) {
+    let lab = &scene.lab;
+    let pid = scene.ask(spawn(tenancy, device::CARD))["pid"].as_u64().expect("a process");
+    lab.wait_for("QEMU has the device", LONG, || {
+        assert!(lab.exists(&format!("/proc/{pid}")), "QEMU has ended: {}", lab.sh(&format!("cat {DIRECTORY}/logs/*")));
+        // What it opens and closes meanwhile is no matter.
+        lab.sh(&format!("find /proc/{pid}/fd -type l -printf '%l\\n' 2>/dev/null || true")).lines().any(|link| link == name).then_some(())
+    });
+    lab.sh(&format!("systemd-run -q --unit=keeper -p StandardOutput=file:/run/kept /srv/lab/bin/diarch-probe keep {pid} '{name}'"));
+    lab.wait_for("it is kept", WAIT, || lab.try_read("/run/kept").is_ok_and(|said| said == b"kept\n").then_some(()));
+    let keeper = lab.systemctl(&["show", "--value", "-p", "MainPID", "keeper.service"]);
+    scene.ask(kill(tenancy));
+    lab.wait_for("its end is seen to", WAIT, || (scene.state(device::CARD).as_deref() == Some("quarantined")).then_some(()));
+    for refused in [Request::VfioRecover(Recover { tenancy, function: bdf(device::CARD) }), unbind(tenancy, device::CARD)] {
+        let error = scene.try_ask(refused).expect_err("somebody has it");
+        let text = error["text"].as_str().expect("a sentence");
+        assert!(text.contains(&format!("(pid {keeper})")) && text.contains("diarch-probe"), "{text}");
+        eprintln!("{text}");
+    }
+    assert_eq!(scene.try_ask(spawn(tenancy, device::CARD)).expect_err("it is quarantined")["kind"], "wrong-state");
+    assert_eq!(lab.driver(device::CARD).as_deref(), Some("vfio-pci"), "and no driver was asked to let go");
+    lab.sh("systemctl stop keeper.service; rm /run/kept");
+    scene.ask(Request::VfioRecover(Recover { tenancy, function: bdf(device::CARD) }));
+    scene.assert_bound(device::CARD);
 }
 
 // ---- refused ----

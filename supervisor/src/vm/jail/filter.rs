@@ -267,8 +267,8 @@ mod tests {
         for request in TAP_OWNERS {
             assert_eq!(outcome(Some(&filter), libc::SYS_ioctl, [-1, request.into(), 0]), libc::EPERM, "{request:#x}");
         }
-        // TUNGETIFF and TUNSETOFFLOAD, which QEMU needs.
-        for request in [0x8004_54d2_i64, 0x4004_54d0] {
+        // What QEMU needs: TUNGETIFF and TUNSETOFFLOAD; VFIO_DEVICE_SET_IRQS, _BIND_IOMMUFD and _ATTACH_IOMMUFD_PT; IOMMU_IOAS_ALLOC and _MAP.
+        for request in [0x8004_54d2_i64, 0x4004_54d0, 0x3b6e, 0x3b76, 0x3b77, 0x3b81, 0x3b85] {
             assert_eq!(outcome(Some(&filter), libc::SYS_ioctl, [-1, request, 0]), libc::EBADF, "{request:#x}");
         }
     }
