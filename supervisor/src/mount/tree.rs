@@ -125,11 +125,23 @@ fn of_image(image: &OwnedFd, kind: ImageType, host: &Host, grant: &str) -> Resul
     };
     match mounted {
         Err(Unmounted::NeedsDevice) => {
-            let device = image::loop_device(image, host).map_err(|error| Error::io(format!("a loop device for {grant}"), &error))?;
+            let device = image::loop_device(image, host).map_err(|error| no_device(grant, &error))?;
             read_only(kind, &device.path).map_err(|unmounted| unmounted.under(kind, grant))
         }
         other => other.map_err(|unmounted| unmounted.under(kind, grant)),
     }
+}
+
+fn no_device(grant: &str, error: &io::Error) -> Error {
+    let detail = match error.raw_os_error() {
+        // The control group's list of devices.
+        Some(nix::libc::EPERM) => format!("{error}; the driver was not there when the supervisor's unit started: modprobe loop, and restart diarch-supervisor"),
+        Some(nix::libc::ENOENT | nix::libc::ENODEV) => {
+            return Error::Unsupported { missing: format!("loop devices, for {grant} in the grants (modprobe loop)") };
+        }
+        _ => error.to_string(),
+    };
+    Error::Failed { step: format!("a loop device for {grant}"), errno: error.raw_os_error(), detail }
 }
 
 enum Unmounted {
