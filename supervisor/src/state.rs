@@ -69,6 +69,8 @@ pub struct Vm {
     pub pidfd: Option<Rc<OwnedFd>>,
     /// The programs beside it.
     pub companions: Vec<Rc<OwnedFd>>,
+    /// Which of them has ended, and how, while QEMU runs on.
+    pub impaired: Option<String>,
     /// What is mounted for it: gone with the last of its descriptors.
     pub mounts: BTreeMap<ShareName, crate::mount::Held>,
     /// Its taps that no QEMU has yet: gone with the last of their descriptors.
@@ -89,6 +91,7 @@ impl Vm {
             record,
             pidfd: None,
             companions: Vec::new(),
+            impaired: None,
             mounts: BTreeMap::new(),
             taps: BTreeMap::new(),
             adopted: false,

@@ -2,7 +2,7 @@
 
 use diarch_ipc::Error;
 use diarch_ipc::name::{CommandLine, Forward, IpText, Mac, MiB, Port, Protocol, QemuName, Tenancy};
-use diarch_ipc::operation::{Console, Event, Release, Reply, Request, SlotState, Spawn};
+use diarch_ipc::operation::{Attach, Console, Event, Release, Reply, Request, SlotState, Spawn};
 use diarch_ipc::spec::{Backend, Boot, Egress, Nic, Presence, VmSpec};
 use diarch_tests::host::{Host, Session, assert_same, free_port};
 use diarch_tests::need;
@@ -215,21 +215,28 @@ fn a_guest_is_reached_through_a_jailed_passt_and_its_qemu_has_no_network_and_it_
     there.accept().unwrap_err();
     assert_eq!(pids(&host), (qemu, vec![passt]));
 
-    // Without it the VM is not what it was: its worker is told.
+    // Without it the VM is not what it was: its worker is told, and so is one that was not there then.
     kill(passt);
-    let until = Instant::now() + Duration::from_secs(20);
-    loop {
-        match session.event(until.saturating_duration_since(Instant::now())) {
-            Some(Event::VmImpaired { slot, what, .. }) => {
-                assert!(slot == tenancy.slot && what.contains("passt") && what.contains("signal 9"), "{what}");
-                break;
+    let told = |session: &Session| {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            match session.event(until.saturating_duration_since(Instant::now())) {
+                Some(Event::VmImpaired { slot, what, .. }) => {
+                    assert!(slot == tenancy.slot && what.contains("passt") && what.contains("signal 9"), "{what}");
+                    break;
+                }
+                Some(_) => {}
+                None => panic!("no event; {}", host.log("supervisor.log")),
             }
-            Some(_) => {}
-            None => panic!("no event; {}", host.log("supervisor.log")),
         }
-    }
+    };
+    told(&session);
+    drop((shell, session));
+    let session = host.session();
+    session.ask(Request::VmAttach(Attach { tenancy }), Vec::new()).unwrap();
+    told(&session);
     assert!(lives(qemu));
-    drop((shell, there));
+    drop(there);
     session.release(tenancy);
     assert!(!lives(qemu) && tables().is_empty(), "{}", tables());
     drop(session);

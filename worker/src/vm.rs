@@ -285,6 +285,8 @@ struct Vm {
     pace: Pace,
     /// Why it is failed, as it was told: a retry that fails the same way is no news.
     told_failed: Option<String>,
+    /// What its QEMU runs on without, and can't get back.
+    impaired: Option<String>,
     /// The probe of what runs, which is not that of a changed file that can't be started.
     health: Option<Health>,
 }
@@ -306,7 +308,7 @@ enum Stage {
 impl Vm {
     fn new(context: Arc<Context>, name: Label, intent: watch::Receiver<Intent>, status: watch::Sender<Status>) -> Self {
         let (tenancy, equipment, pace) = (None, Equipment::default(), Pace::default());
-        Self { context, name, intent, status, tenancy, equipment, recovered: 0, pace, told_failed: None, health: None }
+        Self { context, name, intent, status, tenancy, equipment, recovered: 0, pace, told_failed: None, impaired: None, health: None }
     }
 
     async fn run(mut self, found: Option<Found>) {

@@ -5,7 +5,7 @@ use crate::state::Supervisor;
 use crate::vetted::Vetted;
 use diarch_ipc::Error;
 use diarch_ipc::name::{Slot, Tenancy};
-use diarch_ipc::operation::{Attach, Attached, Console, ConsoleOpened, Operation};
+use diarch_ipc::operation::{Attach, Attached, Console, ConsoleOpened, Event, Operation};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -14,12 +14,17 @@ struct Live {
     slot: Slot,
     pid: u32,
     pidfd: Rc<OwnedFd>,
+    /// What was told before, and is to be told again to a worker that may not have heard it.
+    impaired: Option<Event>,
 }
 
 pub fn attach(supervisor: &Supervisor, row: &Operation, ask: &Attach) -> Result<(Attached, Vec<Rc<OwnedFd>>), Error> {
     let live = vet(supervisor, row, ask.tenancy)?.into_inner();
     // Nothing to record: a connection leaves nothing behind.
     let qmp = connect(supervisor, live.slot, sockets::QMP)?;
+    if let Some(event) = live.impaired {
+        supervisor.sessions.tell(event);
+    }
     Ok((Attached { pid: live.pid }, vec![live.pidfd, Rc::new(qmp)]))
 }
 
@@ -33,8 +38,9 @@ fn vet(supervisor: &Supervisor, row: &Operation, tenancy: Tenancy) -> Result<Vet
     supervisor.check_state(row, tenancy)?;
     let slot = tenancy.slot;
     let live = supervisor.with(tenancy, |vm| {
-        let pid = vm.record.run.as_ref()?.process?.pid;
-        Some(Live { slot, pid, pidfd: vm.pidfd.clone()? })
+        let run = vm.record.run.as_ref()?;
+        let told = |what: &String| Event::VmImpaired { slot, label: vm.record.label.clone(), what: what.clone(), spawn: run.spawn };
+        Some(Live { slot, pid: run.process?.pid, pidfd: vm.pidfd.clone()?, impaired: vm.impaired.as_ref().map(told) })
     })?;
     let ended = || Error::WrongState { state: "running".into(), reason: format!("QEMU in slot {slot} is just ending") };
     Ok(Vetted::by_vet(live.ok_or_else(ended)?))

@@ -230,6 +230,10 @@ pub async fn impaired(supervisor: &Rc<Supervisor>, slot: Slot, spawn: RequestId,
     );
     tracing::error!(%slot, %label, "{what}");
     supervisor.note(&format!("vm.impaired slot={slot} label={label} {what}"));
+    // For a worker that was away when it was told, and attaches.
+    if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
+        vm.impaired = Some(what.clone());
+    }
     // After a restart of ours the worker may not be back yet.
     let until = tokio::time::Instant::now() + WORKER_PATIENCE;
     while !supervisor.sessions.is_there() && tokio::time::Instant::now() < until {

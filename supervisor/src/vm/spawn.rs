@@ -240,6 +240,7 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
     if let Some(vm) = supervisor.slots.borrow_mut().get_mut(&slot) {
         vm.pidfd = Some(Rc::clone(&pidfd));
         vm.companions = companions.iter().map(|(_, pidfd)| Rc::clone(pidfd)).collect();
+        vm.impaired = None;
         vm.adopted = false;
     }
     for (kind, pidfd) in companions {

@@ -48,6 +48,7 @@ impl Vm {
         if let Some(cause) = self.called_off() {
             return Stage::Down(qemu, cause);
         }
+        self.impaired = None;
         let monitor = Arc::clone(&qemu.monitor);
         let mut greeting = std::pin::pin!(async move { monitor.greet(GREETING).await });
         let mut greeted = false;
@@ -84,7 +85,11 @@ impl Vm {
                     Happened::Impaired(reason) => {
                         settled = None;
                         self.set(|status| { status.phase = Phase::Unhealthy; status.reason = Some(reason.clone()); });
-                        self.note("vm.impaired", reason.clone());
+                        // The supervisor tells it again to whoever attaches.
+                        if self.impaired.as_ref() != Some(&reason) {
+                            self.note("vm.impaired", reason.clone());
+                        }
+                        self.impaired = Some(reason.clone());
                         if self.desired().is_some_and(|desired| desired.restart != RestartPolicy::Never) {
                             return Stage::Down(qemu, Cause::Failure(reason));
                         }
@@ -139,7 +144,7 @@ impl Vm {
                         self.set(|status| status.guest_reboots = status.guest_reboots.saturating_add(1));
                         self.note("vm.guest-reboot", "the guest rebooted itself");
                         // It boots again, and has the time for it that a start has.
-                        if prober.is_some() {
+                        if prober.is_some() && self.impaired.is_none() {
                             self.set(|status| status.phase = Phase::Booting);
                             settled = None;
                             prober = self.prober(&qemu, Duration::ZERO);
@@ -158,7 +163,9 @@ impl Vm {
                     Verdict::Healthy => settled = self.healthy(),
                     Verdict::Unhealthy(reason) => {
                         settled = None;
-                        self.set(|status| { status.phase = Phase::Unhealthy; status.reason = Some(reason.clone()); });
+                        // What follows from the lack of a part is not the reason.
+                        let shown = self.impaired.clone().unwrap_or_else(|| reason.clone());
+                        self.set(|status| { status.phase = Phase::Unhealthy; status.reason = Some(shown.clone()); });
                         self.note("vm.unhealthy", reason.clone());
                         if self.desired().is_some_and(|desired| desired.restart != RestartPolicy::Never) {
                             return Stage::Down(qemu, Cause::Failure(reason));
@@ -232,8 +239,11 @@ impl Vm {
         Some(Prober { task, verdict, health })
     }
 
-    /// It does its work. Gives when it has done so for long enough to be trusted again.
+    /// It does its work, as far as its probe can see. Gives when it has done so for long enough to be trusted again.
     fn healthy(&mut self) -> Option<Instant> {
+        if self.impaired.is_some() {
+            return None;
+        }
         self.pace.healthy();
         let mut first = false;
         self.set(|status| {
