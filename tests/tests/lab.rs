@@ -1,15 +1,16 @@
 //! The lab itself: it has the devices that it says, KVM works in it, and a device can be passed on to a VM in it and taken back. All by hand, by what the
 //! kernel offers, and by nothing of Diarch's: what fails here is not Diarch's fault.
 //!
-//! `devices` is what the supervisor does with real devices. It is in here because all of these tests share one lab.
+//! `devices` is what the supervisor does with real devices, `unit` what VMs have under the installed package's units. They are in here because all of these
+//! tests share one lab.
 
 #[path = "lab/devices.rs"]
 mod devices;
+#[path = "lab/unit.rs"]
+mod unit;
 
 use diarch_tests::lab::{Lab, WORD, device, in_lab};
-use diarch_tests::machine::vm_file_guest;
 use diarch_tests::need;
-use diarch_worker::control::protocol::{Phase, VmView};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
@@ -37,7 +38,7 @@ fn the_lab_boots_a_debian_with_every_shape_of_device() {
     assert_eq!(lab.run_within(Duration::from_secs(1), &["sleep", "60"]).code, None, "a command ends with its time");
     assert_eq!(lab.run_with_input(&["cat"], b"input").stdout, "input");
     assert_eq!(lab.try_write("/sys/bus/pci/drivers_probe", b"nonsense").map_err(|e| e.raw_os_error()), Err(Some(19)), "ENODEV: the kernel's own error");
-    assert!(!lab.exists("/usr/bin/diarch") && lab.exists("/srv/lab/bin/diarch"));
+    assert!(lab.exists("/srv/lab/bin/diarch"));
 
     let drivers = [
         (device::ROOT, Some("virtio-pci")),
@@ -151,88 +152,4 @@ fn a_turn_that_leaves_a_device_changed_fails_and_the_device_is_put_back() {
     let why = why.downcast_ref::<String>().expect("a sentence");
     assert!(why.contains(&format!("device {} driver none override vfio-pci", device::EDU)), "{why}");
     assert_eq!(Lab::turn().read(&name).trim(), "(null)");
-}
-
-/// One file of the cgroup that the process is in.
-fn cgroup_file(lab: &Lab, pid: u32, name: &str) -> String {
-    let at = lab.read(&format!("/proc/{pid}/cgroup"));
-    let path = at.trim().strip_prefix("0::").expect("cgroup v2, and nothing else");
-    lab.read(&format!("/sys/fs/cgroup{path}/{name}")).trim().to_owned()
-}
-
-/// A counter of a `*.events` file.
-fn counter(lab: &Lab, pid: u32, file: &str, name: &str) -> u64 {
-    let text = cgroup_file(lab, pid, file);
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name} in {file}:\n{text}"))
-}
-
-#[test]
-fn a_kvm_vm_of_the_installed_package_has_limits_that_the_kernel_enforces() {
-    need!(Lab, Package);
-    let lab = Lab::turn();
-    lab.sh("modprobe kvm_amd");
-    lab.run_within(LONG, &["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--force-unsafe-io", "-i", "/srv/lab/diarch.deb"]).expect_success("dpkg -i");
-    lab.write(
-        "/etc/diarch/grants.toml",
-        "[worker]\nuser = \"diarch\"\nunit = \"diarch-worker.service\"\n\
-         [vms]\nmax = 2\nuid_first = 2100000000\nmemory_mib = 1024\ncpus_each = 1\nkvm = true\n\
-         [qemu.default]\npath = \"/usr/bin/qemu-system-x86_64\"\n\
-         [forwards]\nallow = [\"127.0.0.1:8000\"]\n",
-    );
-    lab.systemctl(&["restart", "diarch-supervisor.service", "diarch-worker.service"]);
-    eprintln!("installed at {:?}", lab.age());
-    let started = Instant::now();
-    let mut file = vm_file_guest("one", 8000);
-    file["qemu_configuration"]["accel"] = "kvm".into();
-    // Its host's processor is emulated, and kept busy here.
-    file["health"] = serde_json::json!({"http": {"host_port": 8000, "path": "/"}, "interval_s": 1, "timeout_s": 30, "failures": 10, "start_grace_s": 600});
-    lab.write("/etc/diarch/vms/one.json", &file.to_string());
-
-    let vm = lab.wait_for("the VM is healthy", LONG, || {
-        let vms: Vec<VmView> = serde_json::from_str(&lab.run(&["diarch", "vm", "list", "--json"]).stdout).ok()?;
-        assert!(!vms.iter().any(|vm| vm.phase == Phase::Failed), "{vms:#?}");
-        vms.into_iter().find(|vm| vm.phase == Phase::Healthy)
-    });
-    let pid = vm.pid.expect("a healthy VM has a process");
-    eprintln!("a KVM VM of the installed package was healthy after {:?}", started.elapsed());
-    // Its own process, so that this is KVM for sure: the translator has no such thread.
-    assert!(lab.sh(&format!("cat /proc/{pid}/task/*/comm")).lines().any(|name| name == "CPU 0/KVM"), "{}", lab.sh(&format!("cat /proc/{pid}/task/*/comm")));
-
-    // What systemd was told, what it says, and what the kernel has.
-    let scope = "diarch-vm-0.scope";
-    assert!(lab.read(&format!("/proc/{pid}/cgroup")).trim().ends_with(&format!("/{scope}")));
-    for (property, file) in [("MemoryMax", "memory.max"), ("TasksMax", "pids.max"), ("MemorySwapMax", "memory.swap.max")] {
-        let said = lab.systemctl(&["show", "--value", "-p", property, scope]);
-        assert_eq!(cgroup_file(&lab, pid, file), said, "{property}");
-        assert!(said.parse::<u64>().is_ok(), "{property} is a number: {said}");
-    }
-    let bytes: u64 = cgroup_file(&lab, pid, "memory.max").parse().expect("a number");
-    assert!((256 << 20..1 << 30).contains(&bytes), "room for a guest of 256 MiB and its QEMU: {bytes}");
-
-    // A process in the scope that wants more tasks is refused them (dash gives up at once), ...
-    let enter = format!("echo $$ >/sys/fs/cgroup$(cut -d: -f3 /proc/{pid}/cgroup)/cgroup.procs");
-    let refused = counter(&lab, pid, "pids.events", "max");
-    let fork = lab.run(&["/bin/dash", "-c", &format!("{enter}; n=0; while [ $n -lt 500 ]; do sleep 300 & n=$((n + 1)); done")]);
-    assert!(fork.stderr.contains("Cannot fork"), "{fork:?}");
-    assert!(counter(&lab, pid, "pids.events", "max") > refused);
-    lab.sh(&format!("for pid in $(cat /sys/fs/cgroup$(cut -d: -f3 /proc/{pid}/cgroup)/cgroup.procs); do [ $pid = {pid} ] || kill $pid; done"));
-    assert!(lab.sh("busybox wget -q -O - http://127.0.0.1:8000/").contains("diarch guest is up"), "its guest answers");
-
-    // ... and one that wants more memory is killed; nobody outside the scope is. systemd then ends the scope (OOMPolicy=stop).
-    let halves = |lab: &Lab| lab.systemctl(&["show", "--value", "-p", "MainPID", "diarch-supervisor.service", "diarch-worker.service"]);
-    let before = halves(&lab);
-    let grow = lab.run_within(LONG, &["/bin/bash", "-c", &format!("{enter}; echo 1000 >/proc/self/oom_score_adj; exec tail /dev/zero")]);
-    assert_eq!(grow.code, None, "killed: {grow:?}");
-    let killed = lab.sh("dmesg | grep oom-kill:");
-    assert!(killed.lines().all(|line| line.contains(&format!("oom_memcg=/diarch.slice/diarch-vms.slice/{scope},"))), "{killed}");
-    assert_eq!(halves(&lab), before);
-    lab.wait_for("the VM's end", LONG, || (!lab.exists(&format!("/proc/{pid}"))).then_some(()));
-
-    // The worker starts it again, which a stop in the middle would have to wait for.
-    lab.sh("rm /etc/diarch/vms/one.json");
-    lab.wait_for("the VM is gone", LONG, || lab.run(&["diarch", "vm", "list", "--json"]).stdout.trim().strip_prefix("[]").map(drop));
-    lab.run_within(LONG, &["systemctl", "stop", "diarch-worker.service", "diarch-supervisor.socket", "diarch-supervisor.service"])
-        .expect_success("systemctl stop");
-    lab.run_within(LONG, &["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--purge", "diarch"]).expect_success("dpkg --purge");
 }

@@ -5,16 +5,18 @@
 //!   test <--{"n": 7, "ok": {...}, "fds": 0, "ms": 3} or {"n": 7, "error": {...}}-- puppet
 //! ```
 //!
-//! Requests are asked as they come, any number at one time; `{"n": .., "state": true}` answers the connection's state.
+//! For a TCP port the answer says whether it was `heard` when the puppet connected to it. Requests are asked as they come, any number at one time; `{"n": .., "state": true}` answers the connection's state.
 //! `diarch-puppet SOCKET DIRECTORY [FILES]`: SOCKET is the test's, DIRECTORY is where the puppet may write the logs of the VMs it starts, FILES has what they read
 //! (`kernel`, `initrd`). Where SOCKET is `-`, the lines are those of standard input, all at once; the puppet prints the answers and ends.
 
 use diarch_ipc::client::{Client, Restarter, Settings};
-use diarch_ipc::operation::Request;
+use diarch_ipc::name::Protocol;
+use diarch_ipc::operation::{Listen, Request};
 use diarch_ipc::spec::{FdAccess, FdRole};
 use serde::Deserialize;
 use serde_json::json;
 use std::fs::File;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -90,11 +92,16 @@ async fn main() {
                 Request::VmSpawn(spawn) => spawn.spec.fds().iter().map(|role| open(*role, &directory, files.as_deref())).collect(),
                 _ => Vec::new(),
             };
+            let port = if let Request::PortListen(ask) = &request { Some(ask.clone()) } else { None };
             let asked = Instant::now();
             let answered = client.request(request, fds, CALL).await;
             let ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
             let _ = answers.send(match answered {
-                Ok((reply, fds)) => json!({"n": line.n, "ok": reply, "fds": fds.len(), "ms": ms}),
+                Ok((reply, fds)) => {
+                    let count = fds.len();
+                    let heard = port.filter(|ask| ask.protocol == Protocol::Tcp).map(|ask| fds.into_iter().any(|fd| hears(fd, &ask)));
+                    json!({"n": line.n, "ok": reply, "fds": count, "ms": ms, "heard": heard})
+                }
                 Err(error) => json!({"n": line.n, "error": {"kind": error.kind(), "text": error.to_string()}, "ms": ms}),
             });
         });
@@ -102,6 +109,12 @@ async fn main() {
     drop(answers);
     asked.join_all().await;
     written.await.expect("what is asked is answered");
+}
+
+/// Whether who connects to the port is heard by this socket.
+fn hears(socket: OwnedFd, ask: &Listen) -> bool {
+    let connected = TcpStream::connect_timeout(&SocketAddr::new(ask.address.0, ask.port.get()), Duration::from_secs(5));
+    connected.is_ok() && TcpListener::from(socket).accept().is_ok()
 }
 
 /// What the role asks for; the stub QEMU reads none of it. (What the worker's umask makes could not be read by QEMU's user.)
