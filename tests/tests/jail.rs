@@ -444,7 +444,7 @@ fn a_jail_is_made_while_another_thread_is_starting_a_program() {
         std::thread::sleep(Duration::from_millis(1));
     }
     let (plan, log) = plan(directory.path(), "", Root::of_a_program());
-    let made = jail::fork(plan).and_then(|gated| gated.open(SOON));
+    let made = jail::fork(plan).and_then(|gated| gated.open(SOON).map_err(|failed| failed.error));
     File::options().write(true).open(&pipe).unwrap();
     nix::sys::wait::waitpid(starting.join().unwrap(), None).unwrap();
     let pidfd = made.unwrap();
