@@ -140,7 +140,8 @@ pub(super) async fn settle(supervisor: &Rc<Supervisor>, record: Record, mut lock
         progress.undoing("look whether it answers".into());
         let closed = record.node_mode.map_or(Ok(()), |mode| node::close(host, record.group, mode));
         closed.map_err(|error| format!("its node could not be closed to the VM's user: {error}"))?;
-        held::by_nobody(host, record)?;
+        held::by_nobody(host, record, progress)?;
+        progress.undoing("look whether it answers".into());
         sysfs::verify(host, record).map_err(|error| error.to_string())?;
         sysfs::answers(host, record)
     };

@@ -6,6 +6,7 @@
 
 use super::openers::{self, Node, Opener};
 use super::record::Record;
+use super::thread::Progress;
 use super::{facts, node};
 use crate::host::Host;
 use std::io;
@@ -18,12 +19,14 @@ const AGAIN: Duration = Duration::from_millis(10);
 const NAMED: usize = 4;
 
 /// Fails with the names of those who have it.
-pub fn by_nobody(host: &Host, record: &Record) -> Result<(), String> {
+pub fn by_nobody(host: &Host, record: &Record, progress: &Progress) -> Result<(), String> {
     if host.is_rehearsed() {
         return Ok(());
     }
     let until = Instant::now() + CLOSING;
     loop {
+        // Each look is a step of its own: to wait for somebody, on purpose, is not to hang.
+        progress.undoing("look whether somebody has it".into());
         let busy = busy(host, record.group).map_err(|error| format!("whether somebody has it can't be found out: {error}"))?;
         let openers = openers(host, record).map_err(|error| format!("who has it open can't be looked at: {error}"))?;
         if !busy && openers.is_empty() {

@@ -49,8 +49,7 @@ pub async fn recover(supervisor: &Rc<Supervisor>, row: &'static Operation, ask: 
 }
 
 fn reset(host: &Host, record: &Record, progress: &Progress) -> Result<(), String> {
-    progress.undoing("look whether somebody has it".into());
-    held::by_nobody(host, record)?;
+    held::by_nobody(host, record, progress)?;
     sysfs::reset(host, record, progress)
 }
 

@@ -68,8 +68,7 @@ fn back(host: &Host, record: &Record, progress: &super::thread::Progress) -> Res
         node::close(host, record.group, mode).map_err(|error| format!("/dev/vfio/{}: {error}", record.group))?;
     }
     // A driver that is to let go of what somebody has open waits for him, for ever.
-    progress.undoing("look whether somebody has it".into());
-    held::by_nobody(host, record)?;
+    held::by_nobody(host, record, progress)?;
     sysfs::give_back(host, record, progress)
 }
 
