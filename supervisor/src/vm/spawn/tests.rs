@@ -1,8 +1,10 @@
+use super::start::{Reach, reach};
 use super::*;
 use crate::ledger::Process;
 use diarch_ipc::Request;
 use diarch_ipc::name::{Cpus, Label, Mac, MiB, NetworkName, NicIndex, Port, Queues, Tenancy};
 use diarch_ipc::operation::ExitStatus;
+use diarch_ipc::spec::{Egress, MAX_DISKS, MAX_FORWARDS, MAX_NICS, VmSpec};
 
 fn grants() -> Grants {
     toml::from_str(
