@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::name::{CommandLine, QemuName, Tag};
-use crate::spec::{Accelerator, Backend, Boot, Disk, DiskFormat, Egress, Nic, Presence, Share};
+use crate::spec::{Accelerator, Backend, Boot, Disk, DiskAccess, DiskFormat, Egress, Nic, Presence, Share, VmSpec};
 use std::net::{IpAddr, Ipv4Addr};
 
 // Constants that keep the rules of their types; the tests below would fail to build an example otherwise.
