@@ -112,6 +112,7 @@ pub fn run(settings: &Settings) -> Result<Summary, Box<Found>> {
     builder.vms_max = plan::SLOTS;
     builder.uid_first = Some(settings.users);
     builder.activation = Activation::Socket;
+    builder.prelude = Some(stage.catch_up());
     let host = builder.start();
     std::fs::write(host.path(actor::HALTING), halting_kernel()).unwrap_or_else(|error| panic!("a kernel for QEMU: {error}"));
     let mut chaos = Chaos {

@@ -27,6 +27,8 @@ use std::time::Duration;
 
 /// Between a bind and its node: the supervisor must wait for it.
 const NODE_DELAY: Duration = Duration::from_millis(20);
+/// A file that goes when all is done that was asked for before it came.
+const TOLD: &str = "told";
 /// For those who wait at a pipe that is being taken away.
 const PIPE_DELAY: Duration = Duration::from_millis(100);
 const VFIO: &str = "vfio-pci";
@@ -461,16 +463,21 @@ impl Stage {
         put(&new, "");
         fs::rename(&new, &path).expect("rename");
         let Ok(mut pipe) = nobody else { return };
-        let (mut asked, mut buffer) = (Vec::new(), [0; 256]);
+        // Each wrote a name of this length, and nothing between them. What is asked for is done at once: whoever asked may end, and another look.
+        let mut name = [0; "0000:00:00.0".len()];
         let until = std::time::Instant::now() + PIPE_DELAY;
         while std::time::Instant::now() < until {
-            match pipe.read(&mut buffer) {
-                Ok(length @ 1..) => asked.extend_from_slice(&buffer[..length]),
-                _ => std::thread::sleep(Duration::from_millis(2)),
+            match pipe.read(&mut name) {
+                Ok(length @ 1..) => self.kernel.unbind(driver, String::from_utf8_lossy(&name[..length]).trim()),
+                _ => std::thread::sleep(Duration::from_millis(1)),
             }
         }
-        // Each wrote a name of this length, and nothing between them.
-        asked.chunks("0000:00:00.0".len()).for_each(|name| self.kernel.unbind(driver, String::from_utf8_lossy(name).trim()));
+    }
+
+    /// For a supervisor's start (`Builder::prelude`): shell text that waits until all is done that the one before it was told. When a process is dead, a kernel has
+    /// done what it had been asked for; this one may be behind.
+    pub fn catch_up(&self) -> String {
+        format!("told='{}'\n: >\"$told\"\nwhile [ -e \"$told\" ]; do sleep 0.002; done", self.sys().join("bus/pci").join(TOLD).display())
     }
 
     /// The driver does not take this function any more.
@@ -635,6 +642,7 @@ impl Kernel {
                 }
                 _ => {}
             },
+            TOLD => drop(fs::remove_file(&path)),
             "reset" if take() == "1" => self.resets.lock().unwrap().push(name(place)),
             _ => {}
         }
