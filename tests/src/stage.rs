@@ -691,8 +691,7 @@ impl Kernel {
         }
         let Some(path) = self.place(function) else { return };
         let (sys, place) = (self.root.join("sys"), self.below_sys(&path));
-        link(&sys, &format!("bus/pci/drivers/{driver}/{function}"), &place);
-        link(&sys, &format!("{place}/driver"), &format!("bus/pci/drivers/{driver}"));
+        // Before the driver shows: a kernel makes it while the driver binds.
         if driver == VFIO && self.root.join("dev/iommu").exists() {
             let nodes = self.root.join("dev/vfio/devices");
             let number = (0..).find(|number| !nodes.join(format!("vfio{number}")).exists()).expect("a number");
@@ -701,9 +700,10 @@ impl Kernel {
             put(&own.join("uevent"), &format!("MAJOR=511\nMINOR={number}\nDEVNAME=vfio/devices/vfio{number}\n"));
             link(&sys, &format!("{place}/vfio-dev/vfio{number}/subsystem"), "class/vfio-dev");
             let node = nodes.join(format!("vfio{number}"));
-            put(&node, "");
-            let _ = fs::set_permissions(node, fs::Permissions::from_mode(0o600));
+            let _ = fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(node);
         }
+        link(&sys, &format!("bus/pci/drivers/{driver}/{function}"), &place);
+        link(&sys, &format!("{place}/driver"), &format!("bus/pci/drivers/{driver}"));
         if let (VFIO, Some(group)) = (driver, self.group(function)) {
             std::thread::sleep(NODE_DELAY);
             let node = self.root.join("dev/vfio").join(group);
