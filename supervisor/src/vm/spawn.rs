@@ -18,6 +18,7 @@ mod admit;
 mod start;
 
 pub use admit::memory_used;
+pub use start::firmware;
 
 use super::argv::{Beside, Carrier};
 use super::companion::{self, Order, passt, virtiofsd};
