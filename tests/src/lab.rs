@@ -23,6 +23,7 @@ mod agent;
 pub mod device;
 mod payload;
 mod qemu;
+pub mod scene;
 mod supervised;
 mod turn;
 
