@@ -11,13 +11,17 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 
 pub const QUARANTINED: &str = "quarantined";
+/// A file of the stage's holds one name: of two that are written to it at one moment, for two groups, one is lost. No kernel loses one, and what takes a write and
+/// does nothing is right to be distrusted.
+const LOST: &str = "the kernel took it and did nothing";
 
 pub fn differences(start: &Facts, now: &Facts, ledger: &Ledger, troubled: &BTreeSet<u64>, told: &[DeviceRecord], explained: &mut Explained) -> Vec<String> {
     let mut wrong = Vec::new();
     for (group, record) in &ledger.devices {
         let state = record["state"].as_str().unwrap_or("unreadable");
         let quarantined = state == QUARANTINED;
-        if quarantined && !troubled.contains(group) {
+        let lost = record["trouble"].as_str().is_some_and(|trouble| trouble.contains(LOST));
+        if quarantined && !troubled.contains(group) && !lost {
             wrong.push(format!("quarantined for nothing: group {group}: {}", record["trouble"]));
         }
         if quarantined != record["trouble"].is_string() {
