@@ -5,6 +5,7 @@
 
 use crate::error::Error;
 use crate::frame::{self, MAX_FDS, MAX_FRAME, Malformed};
+use crate::received::{Close, Received};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg};
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -18,6 +19,9 @@ use tokio::io::unix::AsyncFd;
 #[derive(Debug)]
 pub struct Channel {
     socket: AsyncFd<OwnedFd>,
+    close: Close,
+    /// A second descriptor of the socket, where closing it is somebody else's. Behind the first: so it is the last.
+    _last: Option<Received>,
 }
 
 /// Has the runtime watch a descriptor that nobody else closes.
@@ -63,7 +67,13 @@ impl Channel {
     /// Takes a connected SEQPACKET socket.
     pub fn from_fd(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        Ok(Self { socket: watch(socket, Interest::READABLE)? })
+        Ok(Self { socket: watch(socket, Interest::READABLE)?, close: drop, _last: None })
+    }
+
+    /// For who may not wait when something of the peer's is closed, the connection with what lies in it unread included.
+    pub fn closed_by(self, close: Close) -> io::Result<Self> {
+        let last = Received::new(vec![self.socket.get_ref().try_clone()?], close);
+        Ok(Self { close, _last: Some(last), ..self })
     }
 
     /// The user of the process at the other end (`SO_PEERCRED`). For a client under socket activation this is whoever called `listen`, which is what
@@ -103,7 +113,7 @@ impl Channel {
     }
 
     /// Receives one frame from a peer that nothing is believed of. Descriptors that come with a frame that is refused are closed.
-    pub async fn receive<T: DeserializeOwned + Serialize>(&self, with: &mut Receiver) -> Result<(T, Vec<OwnedFd>), ReceiveError> {
+    pub async fn receive<T: DeserializeOwned + Serialize>(&self, with: &mut Receiver) -> Result<(T, Received), ReceiveError> {
         let (length, fds) = self.receive_bytes(&mut with.bytes).await?;
         Ok((frame::decode(&with.bytes[..length], &mut with.scratch)?, fds))
     }
@@ -111,10 +121,10 @@ impl Channel {
     /// Receives one frame of the supervisor's; see [`frame::decode_from_root`].
     pub async fn receive_from_root<T: DeserializeOwned>(&self, with: &mut Receiver) -> Result<(T, Vec<OwnedFd>), ReceiveError> {
         let (length, fds) = self.receive_bytes(&mut with.bytes).await?;
-        Ok((frame::decode_from_root(&with.bytes[..length])?, fds))
+        Ok((frame::decode_from_root(&with.bytes[..length])?, fds.into_inner()))
     }
 
-    async fn receive_bytes(&self, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), ReceiveError> {
+    async fn receive_bytes(&self, buffer: &mut [u8]) -> Result<(usize, Received), ReceiveError> {
         let receive = |socket: &OwnedFd| {
             let mut fds = Vec::new();
             let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -125,7 +135,7 @@ impl Channel {
                     fds.extend(received);
                 }
             }
-            Ok((got.bytes, got.flags, fds))
+            Ok((got.bytes, got.flags, Received::new(fds, self.close)))
         };
         let (length, flags, fds) = match self.socket.async_io(Interest::READABLE, receive).await {
             Ok(got) => got,

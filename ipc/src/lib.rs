@@ -31,6 +31,7 @@ pub mod log;
 pub mod name;
 pub mod operation;
 pub mod peer;
+pub mod received;
 pub mod spec;
 
 pub use error::Error;

@@ -12,9 +12,9 @@ use diarch_ipc::frame::Call;
 use diarch_ipc::name::RequestId;
 use diarch_ipc::operation::{Class, Effect, Operation, Reply, Request};
 use diarch_ipc::peer::Peer;
+use diarch_ipc::received::Received;
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -71,7 +71,7 @@ fn without_effect(supervisor: &Supervisor, asker: &Asker, call: &Call, given: Gi
 
 /// Does what may change something. The work goes on when the caller's deadline or connection ends, and a caller that asks
 /// again under the same id gets its result.
-pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds: Vec<OwnedFd>) -> Given {
+pub async fn change(supervisor: &Rc<Supervisor>, asker: &Asker, call: Call, fds: Received) -> Given {
     let row = call.request.operation();
     let id = call.id;
     let patience = Duration::from_millis(call.deadline_ms.into());
@@ -122,7 +122,7 @@ fn lost_result() -> Error {
     Error::Failed { step: "dispatch".into(), errno: None, detail: "the operation ended without a result; its panic is in the journal".into() }
 }
 
-fn begin(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: Vec<OwnedFd>, started: Instant) -> watch::Receiver<Option<Given>> {
+fn begin(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: Received, started: Instant) -> watch::Receiver<Option<Given>> {
     let (done, result) = watch::channel(None);
     let id = call.id;
     supervisor.in_flight.borrow_mut().insert(id, InFlight { request: call.request.clone(), result: result.clone() });
@@ -153,7 +153,7 @@ impl Drop for Entry {
 }
 
 /// Every operation, and no other: this match stops compiling when the table grows.
-async fn handle(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: Vec<OwnedFd>) -> Given {
+async fn handle(supervisor: &Rc<Supervisor>, row: &'static Operation, call: Call, fds: Received) -> Given {
     match call.request {
         Request::HostInventory(ask) => Ok((Reply::HostInventory(vm::inventory::inventory(supervisor, &ask)), Vec::new())),
         Request::VmClaim(ask) => vm::claim::claim(supervisor, call.id, &ask).map(|reply| (Reply::VmClaim(reply), Vec::new())),

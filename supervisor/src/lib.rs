@@ -25,13 +25,14 @@
 //! | `ledger`               | what exists, written down before it does                      |
 //! | `audit`                | who asked for what, and what came of it                       |
 //! | `limiter`, `helper`    | bounds: requests a second; threads that may wait on the kernel |
-//! | `pool`                 | threads that are kept for their next work                      |
+//! | `pool`, `closer`       | threads that are kept for their next work; one such work      |
 //! | `privilege`, `process` | what the supervisor gives up; processes by pidfd              |
 
 // Unsafe code is where system calls have no safe wrapper, each place by its own `allow`: vm::jail, mount::image, kvm, process, listen, main.
 #![deny(unsafe_code)]
 
 pub mod audit;
+pub mod closer;
 pub mod dispatch;
 pub mod fd;
 pub mod grants;

@@ -2,6 +2,7 @@
 //!
 //! One task for each connection. A connection that is silent, slow or hostile costs its own task and nothing else.
 
+use crate::closer;
 use crate::dispatch::{self, Asker};
 use crate::state::{Given, Supervisor};
 use diarch_ipc::Error;
@@ -107,7 +108,7 @@ pub async fn knock(door: &Path) -> io::Result<()> {
 /// Takes the socket out of `interprocess`'s hands: its stream can't carry descriptors, and watches for more than reading.
 fn channel(stream: Stream) -> io::Result<Channel> {
     let Stream::UdSocket(stream) = stream;
-    Channel::from_fd(OwnedFd::try_from(stream)?)
+    Channel::from_fd(OwnedFd::try_from(stream)?)?.closed_by(closer::close)
 }
 
 /// The open connections. When there are too many, the one that has waited longest without saying Hello must go: so the silent never keep

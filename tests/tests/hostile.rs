@@ -167,6 +167,65 @@ fn a_wrong_number_of_descriptors_ends_the_connection() {
     assert_same(&before, &host);
 }
 
+/// A TCP socket with more to say than its peer reads: its last close waits for 8 s.
+fn lingering() -> (std::net::TcpListener, OwnedFd) {
+    use std::io::Write;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    while stream.write(&[0; 65536]).is_ok() {}
+    stream.set_nonblocking(false).unwrap();
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::from_secs(8))).unwrap();
+    (listener, stream.into())
+}
+
+#[test]
+fn a_descriptor_whose_close_takes_its_time_holds_nobody_up() {
+    need!(Root, Kernel(6, 5));
+    let host = Host::supervisor_only();
+    let before = host.inventory();
+    let mut listeners = Vec::new();
+    let mut lingering = || {
+        let (listener, socket) = lingering();
+        listeners.push(listener);
+        socket
+    };
+    // In a frame that is none, with too many, in a request that is refused, in the place of a disk, and unread in a connection of somebody who is refused.
+    let raw = host.raw();
+    raw.send(b"no frame", &[lingering().as_fd()]).unwrap();
+    closed(&raw, "no frame");
+    assert!(honest(&host) < SOON, "a frame that is none");
+    let mut raw = host.raw();
+    let id = raw.next_id();
+    raw.send_frame(&ClientFrame::Call(Call { id, deadline_ms: 1000, request: inventory() }), &[lingering().as_fd()]).unwrap();
+    closed(&raw, "an inventory with a descriptor");
+    assert!(honest(&host) < SOON, "a request without descriptors");
+    let mut raw = host.raw();
+    let (spec, good) = host.spec("");
+    let Ok((Outcome::Ok(Reply::VmClaim(claimed)), _)) = raw.ask(Request::VmClaim(Claim { label: Label::new("a").unwrap() }), &[]) else { panic!("claim") };
+    for tenancy in [claimed.tenancy, Tenancy { slot: Slot::new(1).unwrap(), ..claimed.tenancy }] {
+        let socket = lingering();
+        let mut fds = borrowed(&good);
+        fds[2] = socket.as_fd();
+        let id = raw.next_id();
+        let request = Request::VmSpawn(Spawn { tenancy, spec: spec.clone() });
+        raw.send_frame(&ClientFrame::Call(Call { id, deadline_ms: 5000, request }), &fds).unwrap();
+        // Ours goes before it is looked at: so the last one is the supervisor's.
+        drop(socket);
+        assert!(matches!(raw.answer(id, SOON), Ok((Outcome::Error(_), _))), "refused, and soon");
+        assert!(honest(&host) < SOON, "the place of a kernel");
+    }
+    let stranger = Raw::connect_as(&host.socket(), User { uid: STRANGER.uid, gid: WORKER.gid }).unwrap();
+    let _ = stranger.send(b"unread", &[lingering().as_fd()]);
+    drop(stranger);
+    assert!(honest(&host) < SOON, "a connection that is refused");
+    // They end, whoever reads or does not.
+    let session = host.session();
+    session.release(claimed.tenancy);
+    drop(session);
+    assert_same(&before, &host);
+}
+
 #[test]
 fn a_descriptor_of_the_wrong_kind_is_refused_and_starts_nothing() {
     need!(Root, Kernel(6, 5));

@@ -22,9 +22,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-/// Queues that wait, of all taps: a quarter of the descriptors that the unit allows (`LimitNOFILE=`), so that whoever opens taps and starts nothing takes none
-/// that a release needs.
-pub const MAX_QUEUES: usize = 16_384;
+/// Queues that wait, of all taps. Each costs the kernel some 100 KiB, which count as ours, and a supervisor that ends takes its taps with it, at some 20 ms for each (Linux
+/// 6.18): so whoever opens taps and starts nothing must not have many. A tap waits between two requests of one start.
+pub const MAX_QUEUES: usize = 1024;
+/// The same of taps: what a supervisor that ends has time for (`TimeoutStopSec=`).
+pub const MAX_TAPS: usize = 256;
 
 /// A tap that waits.
 #[derive(Debug)]
@@ -35,19 +37,30 @@ pub struct Held {
     pub master: Option<u32>,
 }
 
-/// The queues that wait, without those of this card.
-pub fn waiting(slots: &BTreeMap<Slot, Vm>, slot: Slot, nic: NicIndex) -> usize {
-    let all = slots.values().flat_map(|vm| vm.taps.iter().map(move |(of, held)| (vm.record.slot, *of, held)));
-    all.filter(|(of, card, _)| (*of, *card) != (slot, nic)).map(|(_, _, held)| held.queues.len()).sum()
+/// Taps that wait, and their queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiting {
+    pub taps: usize,
+    pub queues: usize,
 }
 
-/// Whether there is room for more.
-pub fn room(waiting: usize, wanted: Queues) -> Result<(), Error> {
-    if waiting + usize::from(wanted.get()) <= MAX_QUEUES {
-        return Ok(());
+/// What waits, without this card.
+pub fn waiting(slots: &BTreeMap<Slot, Vm>, slot: Slot, nic: NicIndex) -> Waiting {
+    let all = slots.values().flat_map(|vm| vm.taps.iter().map(move |(of, held)| (vm.record.slot, *of, held)));
+    let others = all.filter(|(of, card, _)| (*of, *card) != (slot, nic));
+    others.fold(Waiting { taps: 0, queues: 0 }, |sum, (_, _, held)| Waiting { taps: sum.taps + 1, queues: sum.queues + held.queues.len() })
+}
+
+/// Whether there is room for one more.
+pub fn room(waiting: Waiting, wanted: Queues) -> Result<(), Error> {
+    let full = |what: &str, limit: usize| {
+        let what = format!("{what} that wait for their VM's start; start or release some of those VMs");
+        Err(Error::Exhausted { what, limit: limit as u64, retry_after_ms: None })
+    };
+    if waiting.taps >= MAX_TAPS {
+        return full("taps", MAX_TAPS);
     }
-    let what = "queues of taps that wait for their VM's start; start or release some of those VMs".into();
-    Err(Error::Exhausted { what, limit: MAX_QUEUES as u64, retry_after_ms: None })
+    if waiting.queues + usize::from(wanted.get()) > MAX_QUEUES { full("queues of taps", MAX_QUEUES) } else { Ok(()) }
 }
 
 /// The queues of a VM's taps, card by card, for its QEMU: nothing is held for the VM afterwards. A tap that is not there any more, or not as it was made, is made
@@ -97,8 +110,14 @@ async fn as_made(supervisor: &Rc<Supervisor>, row: &'static Operation, tenancy: 
 async fn again(supervisor: &Rc<Supervisor>, row: &'static Operation, tenancy: Tenancy, nic: NicIndex) -> Result<(), Error> {
     let known = supervisor.with(tenancy, |vm| vm.record.resources.taps.iter().find(|tap| tap.nic == nic).cloned())?;
     let known = known.ok_or_else(|| Error::NotFound { what: format!("a tap for card {nic} of slot {}: tap.open comes first", tenancy.slot) })?;
-    let ask = OpenTap { tenancy, nic, network: known.network, mac: known.mac, address: known.address, queues: known.queues };
-    tap::raise(supervisor, row, tap::vetted(supervisor, row, &ask).await?).await?;
+    let again = known.clone();
+    let ask = OpenTap { tenancy, nic, network: again.network, mac: again.mac, address: again.address, queues: again.queues };
+    let vetted = tap::vetted(supervisor, row, &ask).await?;
+    // Its rules are made from the ledger. Under other grants than those of then, they would be of another tap than this one.
+    if vetted.tap != known {
+        return Err(Error::NotFound { what: format!("card {nic}'s tap as it was opened: the grants of its network have changed since; tap.open comes first") });
+    }
+    tap::raise(supervisor, row, vetted).await?;
     supervisor.note(&format!("slot {}: the tap {} was not there any more, and was made anew for this start", tenancy.slot, tap::name(tenancy.slot, nic)));
     Ok(())
 }

@@ -51,7 +51,7 @@ struct Facts {
 #[derive(Debug)]
 pub(super) struct Opening {
     record: Record,
-    tap: Tap,
+    pub(super) tap: Tap,
     place: Plug,
     mtu: u32,
     /// An earlier one of this card's: held, or of a QEMU that the kernel has not taken apart yet.

@@ -3,6 +3,7 @@
 use super::jail::{self, Plan};
 use super::lingering::{self, NotStarted};
 use diarch_ipc::Error;
+use diarch_ipc::operation::ExitStatus;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -34,7 +35,13 @@ pub fn takes_iommufd(program: OwnedFd, path: &str, uid: u32, root: jail::Root) -
     let asked = gated.open(PATIENCE)?;
     let ended = crate::process::wait_ended(&asked, PATIENCE).map_err(|error| Error::io("wait", &error))?;
     if ended {
-        return Ok(crate::process::reap(&asked) == diarch_ipc::operation::ExitStatus::Code(0));
+        return match crate::process::reap(&asked) {
+            ExitStatus::Code(0) => Ok(true),
+            // "invalid object type", as QEMU says by its own will.
+            ExitStatus::Code(1) => Ok(false),
+            // Ended by somebody else: that is no answer, and is not remembered as one.
+            other => Err(Error::Failed { step: "ask QEMU what it can do".into(), errno: None, detail: format!("it ended with {other}") }.into()),
+        };
     }
     tracing::warn!(path, "this QEMU does not say within {} s whether it takes devices as descriptors", PATIENCE.as_secs());
     let after_ms = u64::try_from(PATIENCE.as_millis()).unwrap_or(u64::MAX);

@@ -37,6 +37,7 @@ use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
 use diarch_ipc::name::{RequestId, ShareName, Slot, Tenancy};
 use diarch_ipc::operation::{KvmVerdict, Operation, Passing, SlotState, Spawn, Spawned};
+use diarch_ipc::received::Received;
 use diarch_ipc::spec::{Accelerator, Backend, DiskFormat, Nic, Presence};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -56,7 +57,7 @@ struct Facts {
     program: File,
     hashed: Option<qemu::Hashed>,
     /// The descriptors, interrogated.
-    fds: Vec<OwnedFd>,
+    fds: Received,
     /// The binary's own directories, opened.
     libraries: Vec<(PathBuf, OwnedFd)>,
     walls: jail::Walls,
@@ -91,7 +92,7 @@ struct Launch {
     shares: Vec<(ShareName, virtiofsd::Opened)>,
     virtiofsd: Option<Program>,
     program: OwnedFd,
-    fds: Vec<OwnedFd>,
+    fds: Received,
     vhost: Vec<OwnedFd>,
     libraries: Vec<(PathBuf, OwnedFd)>,
     accelerator: Accelerator,
@@ -119,7 +120,7 @@ struct Lent {
 /// The answer, with the pidfd and a connection to the monitor.
 type Started = (Spawned, Vec<Rc<OwnedFd>>);
 
-pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: RequestId, ask: Spawn, fds: Vec<OwnedFd>) -> Result<Started, Error> {
+pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: RequestId, ask: Spawn, fds: Received) -> Result<Started, Error> {
     let (tenancy, slot) = (ask.tenancy, ask.tenancy.slot);
     // Not waited for: whoever asks for two VMs in one slot at one time has lost count, and a queue here would hold descriptors.
     let _lock = supervisor.try_lock(tenancy)?;
@@ -173,7 +174,10 @@ pub async fn spawn(supervisor: &Rc<Supervisor>, row: &'static Operation, id: Req
                 record.into_iter().for_each(|record| supervisor.record_or_believe(record));
                 lingering::keep(supervisor, tenancy, left, "the child of a start that failed", move |supervisor| {
                     if supervisor.with(tenancy, |vm| vm.record.state) == Ok(SlotState::Spawning) {
-                        supervisor.record_or_believe(before);
+                        // What was withdrawn or detached meanwhile is not there again.
+                        if let Ok(now) = supervisor.with(tenancy, |vm| vm.record.clone()) {
+                            supervisor.record_or_believe(Record { state: before.state, run: before.run, ..now });
+                        }
                         vfio::attach::ended(supervisor, tenancy);
                         let supervisor = Rc::clone(supervisor);
                         tokio::task::spawn_local(async move { net::forget_user(&supervisor, row, &intended).await });
@@ -241,7 +245,7 @@ fn digest(ask: &Spawn) -> Result<String, Error> {
     Ok(Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: Vec<OwnedFd>, devices: Vec<Passed>) -> Result<Facts, Box<NotStarted>> {
+async fn gather(supervisor: &Rc<Supervisor>, row: &Operation, ask: &Spawn, fds: Received, devices: Vec<Passed>) -> Result<Facts, Box<NotStarted>> {
     let name = ask.spec.qemu.as_str().to_owned();
     let Some(granted) = supervisor.grants.qemu.get(&name).cloned() else {
         let known: Vec<&str> = supervisor.grants.qemu.keys().map(String::as_str).collect();

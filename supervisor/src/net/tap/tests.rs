@@ -147,8 +147,10 @@ fn queues_that_wait_are_counted_over_all_vms_without_the_cards_own_and_have_an_e
     let [first, second] = [0, 1].map(|slot| Slot::new(slot).unwrap());
     slots.get_mut(&first).unwrap().taps.extend([(nic(0), held(2)), (nic(1), held(1))]);
     slots.get_mut(&second).unwrap().taps.insert(nic(0), held(4));
-    assert_eq!(held::waiting(&slots, first, nic(0)), 5, "asked again, its own go");
-    assert_eq!(held::waiting(&slots, first, nic(2)), 7);
-    held::room(held::MAX_QUEUES - 2, Queues::new(2).unwrap()).unwrap();
-    assert_eq!(held::room(held::MAX_QUEUES - 1, Queues::new(2).unwrap()).unwrap_err().kind(), "exhausted");
+    assert_eq!(held::waiting(&slots, first, nic(0)).queues, 5, "asked again, its own go");
+    assert_eq!(held::waiting(&slots, first, nic(2)).queues, 7);
+    let room = |taps, queues| held::room(held::Waiting { taps, queues }, Queues::new(2).unwrap());
+    room(held::MAX_TAPS - 1, held::MAX_QUEUES - 2).unwrap();
+    assert_eq!(room(held::MAX_TAPS, 0).unwrap_err().kind(), "exhausted");
+    assert_eq!(room(0, held::MAX_QUEUES - 1).unwrap_err().kind(), "exhausted");
 }

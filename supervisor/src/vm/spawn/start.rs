@@ -126,7 +126,7 @@ fn fork_into(
     let console_listener = sockets::listener(&directory, sockets::CONSOLE).map_err(step("console socket"))?;
     let qmp = sockets::connection(&directory, sockets::QMP).map_err(step("connect to QMP"))?;
 
-    let mut given = launch.fds.into_iter();
+    let mut given = launch.fds.into_inner().into_iter();
     let (Some(log), Some(console_log)) = (given.next(), given.next()) else {
         return Err(Error::invalid("fds", "log and console are needed"));
     };

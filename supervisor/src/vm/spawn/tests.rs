@@ -30,7 +30,7 @@ fn facts() -> Facts {
     Facts {
         program: File::open("/bin/true").unwrap(),
         hashed: None,
-        fds: Vec::new(),
+        fds: Received::new(Vec::new(), drop),
         libraries: Vec::new(),
         walls: jail::Walls::Jail,
         vhost: Vec::new(),
