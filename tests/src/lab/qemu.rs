@@ -82,8 +82,9 @@ fn arguments(images: &Path, words: &[&str]) -> Vec<String> {
     let mut arguments: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).to_owned()));
     add(&["-name", "diarch-lab,debug-threads=on", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "file:console"]);
+    // One processor: an emulated kernel of two that patches its own code while it runs (static keys, with each first VM of KVM) now and then fell over its own breakpoint.
     // The interrupt controller is the kernel's part of it only under KVM; split is what remapping of interrupts wants.
-    add(&["-machine", "q35,kernel-irqchip=split,hpet=off,vmport=off", "-accel", "tcg,thread=single", "-smp", "2", "-m", "3072"]);
+    add(&["-machine", "q35,kernel-irqchip=split,hpet=off,vmport=off", "-accel", "tcg,thread=multi", "-smp", "1", "-m", "3072"]);
     // `max` has SVM, so that KVM works inside. Five levels of page tables are one more to walk by hand.
     add(&["-cpu", "max,la57=off"]);
     // Before all devices. Caching mode is what passing a device on to a nested VM needs.
