@@ -37,7 +37,7 @@ pub fn takes_iommufd(program: OwnedFd, path: &str, uid: u32, root: jail::Root) -
     if ended {
         return match crate::process::reap(&asked) {
             ExitStatus::Code(0) => Ok(true),
-            // "invalid object type", as QEMU says by its own will.
+            // As QEMU ends by its own will, where it knows no such object.
             ExitStatus::Code(1) => Ok(false),
             // Ended by somebody else: that is no answer, and is not remembered as one.
             other => Err(Error::Failed { step: "ask QEMU what it can do".into(), errno: None, detail: format!("it ended with {other}") }.into()),

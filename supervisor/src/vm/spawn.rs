@@ -23,16 +23,16 @@ pub use start::firmware;
 use super::argv::{Beside, Carrier};
 use super::companion::{self, Order, passt, virtiofsd};
 use super::lingering::{self, NotStarted};
-use super::scope::{self, Scope};
+use super::scope::Scope;
 use super::{ability, argv, jail, sockets, stage, watch};
 use crate::audit::now_ms;
 use crate::grants::{Grants, Program};
-use crate::ledger::{Companion, CompanionKind, Ledger, Record, Run};
+use crate::ledger::{Record, Run};
 use crate::state::{Supervisor, Vm};
 use crate::vetted::Vetted;
 use crate::vfio::iommufd::Descriptors;
 use crate::vfio::{self, Passed};
-use crate::{fd, kvm, mount, net, qemu};
+use crate::{fd, mount, net, qemu};
 use diarch_ipc::Error;
 use diarch_ipc::frame::encode;
 use diarch_ipc::name::{RequestId, ShareName, Slot, Tenancy};
@@ -47,7 +47,6 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// QEMU's own threads beside the vCPUs: main, I/O workers (64 at most), RCU and some room.
 const OWN_TASKS: u64 = 160;

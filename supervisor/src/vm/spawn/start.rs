@@ -1,6 +1,26 @@
 //! From a start that was vetted to a QEMU that runs: what changes the host, in order. What fails leaves no process, or names those that do not end.
 
-use super::*;
+use super::{Carrier, Launch, Lent};
+use crate::audit::now_ms;
+use crate::kvm;
+use crate::ledger::{Companion, CompanionKind, Ledger, Record};
+use crate::state::Supervisor;
+use crate::vetted::Vetted;
+use crate::vfio::{self, Passed};
+use crate::vm::companion::{self, virtiofsd};
+use crate::vm::lingering::NotStarted;
+use crate::vm::scope::{self, Scope};
+use crate::vm::{jail, sockets};
+use diarch_ipc::Error;
+use diarch_ipc::name::Slot;
+use diarch_ipc::operation::Operation;
+use diarch_ipc::spec::Accelerator;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
 
 /// Between the opened gate and QEMU's exec lie a few dozen system calls.
 const EXEC_PATIENCE: Duration = Duration::from_secs(5);
